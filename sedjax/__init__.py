@@ -1,6 +1,24 @@
 """sedjax: spectral edge dynamics of training trajectories, measured inside the jitted step."""
 
-from sedjax import sketch
+from sedjax import core as core
+from sedjax import sketch as sketch
+from sedjax._transform import SpectralEdgeState as SpectralEdgeState
+from sedjax._transform import get_report as get_report
+from sedjax._transform import track_spectral_edge as track_spectral_edge
+from sedjax._types import Phase as Phase
+from sedjax._types import Report as Report
+from sedjax._types import Status as Status
+from sedjax._types import explain as explain
 
 __version__ = "0.1.0"
-__all__ = ["sketch"]
+__all__ = [
+  "Phase",
+  "Report",
+  "SpectralEdgeState",
+  "Status",
+  "core",
+  "explain",
+  "get_report",
+  "sketch",
+  "track_spectral_edge",
+]

@@ -1,0 +1,71 @@
+"""The training phase from a stream of gap ratios, without hindsight.
+
+NO_EDGE until the ratio leaves what noise shows; RISE while it keeps climbing; PLATEAU once its growth has slowed and
+while it stays above 0.85 of the running peak; COLLAPSE below that. A recovery from the collapse by the same factor
+is a new RISE with a new peak.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sedjax._types import Phase
+
+_HOLD = np.float32(0.85)
+
+
+class PhaseState(NamedTuple):
+  """Streaming state; every field is [G]."""
+
+  phase: jax.Array  # int32
+  peak: jax.Array  # float32, running peak since the rise began
+  anchor: jax.Array  # float32: ratio where the rise began; at a plateau its entry; in a collapse the trough
+  slope: jax.Array  # float32, smoothed growth a row
+  previous: jax.Array  # float32, the last ratio
+  age: jax.Array  # int32, rows since the phase began
+
+
+def init_phase(groups: int) -> PhaseState:
+  def zeros(dtype: type) -> jax.Array:
+    return jnp.zeros((groups,), dtype)
+
+  return PhaseState(zeros(jnp.int32), *(zeros(jnp.float32) for _ in range(4)), zeros(jnp.int32))
+
+
+def step_phase(
+  state: PhaseState, ratio: jax.Array, enter: jax.Array, leave: jax.Array, full: jax.Array, window: int
+) -> PhaseState:
+  """One row later: `ratio` [G] against the thresholds for entering and leaving an edge; nothing until `full`."""
+  settle = max(2, window // 2)
+  age = state.age + 1
+  slope = state.slope + (ratio - state.previous - state.slope) * np.float32(2 / (settle + 1))
+  peak = jnp.maximum(state.peak, ratio)
+  was = state.phase
+  outside = (was == Phase.WARMUP) | (was == Phase.NO_EDGE)
+  rising, flat, falling = was == Phase.RISE, was == Phase.PLATEAU, was == Phase.COLLAPSE
+  trough = jnp.minimum(state.anchor, ratio)
+  mean_growth = jnp.maximum((ratio - state.anchor) / age, np.float32(0.02 / window) * ratio)
+  settled = (age >= settle) & (slope < np.float32(0.5) * mean_growth)
+
+  gone = ~outside & (ratio < leave)
+  begins = (outside & (ratio > enter)) | (flat & (ratio * _HOLD > state.anchor)) | (falling & (ratio * _HOLD > trough))
+  drops = (rising | flat) & (ratio < _HOLD * peak)
+  settles = rising & settled
+  stays_out = outside & ~begins
+  conditions = [gone | stays_out, begins, drops, settles]
+  phases = [Phase.NO_EDGE, Phase.RISE, Phase.COLLAPSE, Phase.PLATEAU]
+  phase = jnp.select(conditions, [jnp.full_like(was, p) for p in phases], was)
+  changed = phase != was
+  new = PhaseState(
+    phase=phase,
+    peak=jnp.where(changed & (phase == Phase.RISE), ratio, peak),
+    anchor=jnp.where(changed, ratio, jnp.where(falling, trough, state.anchor)),
+    slope=jnp.where(changed, 0, slope),
+    previous=ratio,
+    age=jnp.where(changed, 0, age),
+  )
+  return jax.tree.map(lambda a, b: jnp.where(full, a, b), new, state)

@@ -1,0 +1,176 @@
+"""A report from the Gram matrix of a window."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sedjax import _gram, _null
+from sedjax._phase import PhaseState, step_phase
+from sedjax._types import Report, Status
+
+# float32 inner products do not resolve smaller singular values than this share of the largest.
+FLOOR = np.float32(1 / 300)
+_LOW_DIM = 2000
+# A runner-up within so many standard errors of the winner makes the edge ambiguous.
+_Z = np.float32(3.0)
+
+
+class WindowState(NamedTuple):
+  """What one window size remembers between rows."""
+
+  phase: PhaseState
+  direction: jax.Array  # float32[G, W_max + 1]: the leading direction as a combination of the slots' scaled rows
+
+
+class Rows(NamedTuple):
+  """The small facts about the rows in the ring, by slot; n = W_max + 1."""
+
+  gram: jax.Array  # float32[parts, G, n, n] of the rows divided by their scales
+  scale: jax.Array  # float32[G, n], powers of two; 0 where there is no row
+  dims: jax.Array  # float32[G, n], effective dimensions
+  steps: jax.Array  # int32[n], optimizer steps in each row
+
+
+def ratios_of(singular_values: jax.Array) -> jax.Array:
+  """float32[..., W - 1]: consecutive ratios, divisors no smaller than the floor, 0 where one begins below it."""
+  floor = singular_values[..., :1] * FLOOR
+  above, below = singular_values[..., :-1], singular_values[..., 1:]
+  return jnp.where((above >= floor) & (above > 0), above / jnp.maximum(jnp.maximum(below, floor), 1e-38), 0)
+
+
+def find_edge(ratios: jax.Array, k_max: int, dims: jax.Array, exact: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """k* (1-based), the ratio there, and whether another place comes within the sketch's error.
+
+  Through d numbers a singular value has a relative variance of 1/(2d), so the logarithms of two ratios differ with
+  variance 2/d, or 3/d where they share a singular value.
+  """
+  candidates = ratios[..., :k_max]
+  best = jnp.argmax(candidates, -1).astype(jnp.int32)
+  top = jnp.max(candidates, -1)
+  place = jnp.arange(k_max, dtype=jnp.int32)
+  distance = jnp.abs(place - best[..., None])
+  margin = jnp.log(jnp.maximum(top[..., None], 1e-30)) - jnp.log(jnp.maximum(candidates, 1e-30))
+  variance = jnp.where(distance == 1, 3.0, 2.0).astype(jnp.float32) / jnp.maximum(dims[..., None], 1)
+  tolerance = jnp.maximum(np.float32(1e-3), 0 if exact else _Z * jnp.sqrt(variance))
+  ambiguous = jnp.any((distance > 0) & (margin < tolerance), -1)
+  return best + 1, top, ambiguous
+
+
+def _noise_thresholds(window: int, momentum: float, every: int, dims: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """float32[G, W - 1]: the ratios at which an edge is entered and left, at effective dimensions [G]."""
+  grid, means, deviations = _null.noise_ratios(window, momentum, every)
+  at = jnp.log2(jnp.maximum(dims, 1))
+
+  def interpolate(table: np.ndarray) -> jax.Array:
+    return jax.vmap(lambda column: jnp.interp(at, grid, column), 1, 1)(jnp.asarray(table))
+
+  mean, deviation = interpolate(means), interpolate(deviations)
+  return jnp.exp(mean + _null.ENTER * deviation), jnp.exp(mean + _null.LEAVE * deviation)
+
+
+def report_window(
+  rows: Rows,
+  state: WindowState,
+  order: jax.Array,
+  count: jax.Array,
+  *,
+  window: int,
+  k_max: int,
+  momentum: float,
+  every: int,
+  exact: bool,
+) -> tuple[Report, WindowState]:
+  """The report of the newest `window` rows of every group, and the state for the next row.
+
+  Args:
+    rows: the ring's small facts.
+    state: of this window size.
+    order: int32[n], slots from the newest row to the oldest.
+    count: int32[], rows pushed so far, this one included.
+    window, k_max, momentum, every, exact: static configuration.
+
+  Returns:
+    A Report with leading axis [G] whose skipped counters are 0 (the caller knows them), and the new state.
+  """
+  newest = order[:window]
+  scale = rows.scale[:, newest]
+  largest = jnp.max(scale, -1)
+  unit = jnp.where(largest > 0, largest, 1)
+  shrink = scale / unit[:, None]
+  gram = rows.gram[:, :, newest][..., newest] * (shrink[:, :, None] * shrink[:, None, :])
+  relative, leading = _gram.descending_spectrum(gram)
+  energy = jnp.diagonal(gram[0], axis1=-2, axis2=-1)
+  total = energy.sum(-1)
+  some = total > 0
+
+  def share(x: jax.Array) -> jax.Array:
+    return jnp.where(some, x / jnp.where(some, total, 1), 0)
+
+  sigma = relative * unit[:, None]
+  full = count >= window
+  ratios = ratios_of(sigma)
+  inverse_dim = share((energy / jnp.maximum(rows.dims[:, newest], 1)).sum(-1))
+  dims = jnp.where(some, 1 / jnp.where(inverse_dim > 0, inverse_dim, 1), 0)
+  k_star, top, ambiguous = find_edge(ratios, k_max, dims, exact)
+  usable = full & some
+  enter, leave = _noise_thresholds(window, momentum, every, dims)
+
+  def at_edge(table: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(table, k_star[:, None] - 1, -1)[:, 0]
+
+  null_ratio = at_edge(enter)
+  phase = step_phase(state.phase, top, null_ratio, at_edge(leave), usable, window)
+
+  sigma_1 = jnp.where(some, relative[:, 0], 1)
+  weights = jnp.where(some[:, None], leading * shrink / sigma_1[:, None], 0)  # of the scaled rows
+  direction = jnp.zeros_like(state.direction).at[:, newest].set(weights)
+  projections = jnp.einsum("gij,gj->gi", rows.gram[0], direction, precision=jax.lax.Precision.HIGHEST)
+  sign = jnp.where((projections * state.direction).sum(-1) < 0, -1, 1).astype(jnp.float32)
+  # 1 - |cos| as half of a squared distance, which keeps its digits when the directions nearly agree.
+  change = direction - sign[:, None] * state.direction
+  turning = jnp.einsum("gi,gij,gj->g", change, rows.gram[0], change, precision=jax.lax.Precision.HIGHEST) / 2
+  last = order[0]
+  norm = jnp.sqrt(jnp.maximum(rows.gram[0][:, last, last], 0))
+  alignment = jnp.abs(projections[:, last]) / jnp.where(norm > 0, norm, 1)
+
+  spread = jnp.cumsum(relative**2, -1)
+  k95 = jnp.sum(spread < np.float32(0.95) * spread[:, -1:], -1).astype(jnp.int32) + 1
+  present = jnp.arange(window, dtype=jnp.int32) < count
+  partial = jnp.any(present & (rows.steps[newest] != every))
+  bits = (
+    jnp.where(full, 0, int(Status.WINDOW_FILLING))
+    + jnp.where(usable & (sigma[:, -1] < sigma[:, 0] * FLOOR), int(Status.BELOW_FLOOR), 0)
+    + jnp.where(some & (dims < _LOW_DIM) & (not exact), int(Status.LOW_EFFECTIVE_DIM), 0)
+    + jnp.where(partial, int(Status.PARTIAL_ROW), 0)
+  )
+  groups = sigma.shape[0]
+
+  def everywhere(x: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(x, (groups,)).astype(jnp.int32)
+
+  report = Report(
+    singular_values=sigma,
+    ratios=ratios,
+    k_star=jnp.where(usable, k_star, 0).astype(jnp.int32),
+    gap_ratio=jnp.where(usable, top, 0),
+    null_ratio=jnp.where(usable, null_ratio, 0),
+    edge_ambiguous=usable & ambiguous,
+    pc1_fraction=share(relative[:, 0] ** 2),
+    k95=jnp.where(some, k95, 0).astype(jnp.int32),
+    drift_speed=jnp.sqrt(jnp.maximum(gram[0].sum((-2, -1)), 0)) / window * unit,
+    alignment=jnp.clip(alignment, 0, 1),
+    turning=jnp.where((count > window) & some, jnp.clip(turning, 0, 1), 0),
+    last_update_norm=norm * rows.scale[:, last],
+    effective_dim=dims,
+    phase=phase.phase,
+    count=everywhere(count),
+    row_steps=everywhere(rows.steps[last]),
+    skipped_nonfinite=everywhere(jnp.int32(0)),
+    skipped_zero=everywhere(jnp.int32(0)),
+    status=bits.astype(jnp.int32),
+  )
+  return report, WindowState(phase, direction)

@@ -1,0 +1,127 @@
+"""The report, its phases and its status bits: the one vocabulary that every other file uses."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+
+class Phase(enum.IntEnum):
+  """Where the gap ratio of a window stands; see `Report.phase`."""
+
+  WARMUP = 0
+  NO_EDGE = 1
+  RISE = 2
+  PLATEAU = 3
+  COLLAPSE = 4
+
+
+class Status(enum.IntFlag):
+  """What a reader of a report should know; `explain` puts each bit into words."""
+
+  WINDOW_FILLING = 1
+  BELOW_FLOOR = 2
+  LOW_EFFECTIVE_DIM = 4
+  PARTIAL_ROW = 8
+  NONFINITE_SKIPPED = 16
+  ZERO_SKIPPED = 32
+  CANCELLATION = 64
+  UNTRACKED = 128
+  UNKNOWN_GROUP = 256
+
+
+_WORDS = {
+  Status.WINDOW_FILLING: "The window is still filling: k_star is 0 and the spectrum is that of the rows so far.",
+  Status.BELOW_FLOOR: "Some singular values are below the float32 floor (largest / 300); a ratio that ends there is a "
+  "lower bound, and ratios that begin there are left out.",
+  Status.LOW_EFFECTIVE_DIM: "The sketch's effective dimension is under 2000: few buckets carry the energy (hot "
+  "columns, or a model of few parameters), so ratios are uncertain; sedjax.sketch.exact() has no such error.",
+  Status.PARTIAL_ROW: "A row of the window holds another number of steps than `every`: steps were left out or merged.",
+  Status.NONFINITE_SKIPPED: "Steps with NaN or infinite updates were left out.",
+  Status.ZERO_SKIPPED: "Steps with exactly zero updates were skipped, as under gradient accumulation; if the tracker "
+  "sits inside optax.MultiSteps it runs on each micro-step.",
+  Status.CANCELLATION: "The difference of parameters is so small that its rounding error may exceed 1 %.",
+  Status.UNTRACKED: "Some leaves are not tracked: they hold no floats, or `groups` returned None for them.",
+  Status.UNKNOWN_GROUP: "The requested group does not exist, so every number here is void.",
+}
+
+
+class Report(NamedTuple):
+  """What one window says about one group of parameters.
+
+  All fields may carry leading axes (seeds, history). Lengths are in the parameters' own unit. Before the window holds
+  enough rows a field is 0.
+
+  Attributes:
+    singular_values: float32[W], descending, of the window's rows; 0 for rows not yet there.
+    ratios: float32[W - 1], singular_values[k - 1] / singular_values[k]; the divisor is at least the float32 floor
+      (largest / 300), and a ratio that begins below that floor is 0.
+    k_star: int32, 1-based place of the largest ratio up to k_max; 0 while the window fills.
+    gap_ratio: float32, the ratio at k_star, or 0.
+    null_ratio: float32, what noise exceeds at k_star about once in a million rows, or 0.
+    edge_ambiguous: bool, another place's ratio is within the sketch's error of the winner.
+    pc1_fraction: float32 in [0, 1], share of the largest singular value in the sum of squares.
+    k95: int32, the fewest singular values that hold 95 % of the sum of squares.
+    drift_speed: float32, norm of the mean row.
+    alignment: float32 in [0, 1], |cos| of the newest row and the leading direction.
+    turning: float32 in [0, 1], 1 - |cos| between the leading directions of this window and of the one a row before.
+    last_update_norm: float32, norm of the newest row.
+    effective_dim: float32, what takes the sketch dimension's place in error estimates; 0 where there is no row.
+    phase: int32, a `Phase`.
+    count: int32, rows pushed since the tracker began.
+    row_steps: int32, optimizer steps in the newest row.
+    skipped_nonfinite: int32, steps left out since the tracker began.
+    skipped_zero: int32, steps of exactly zero update since the tracker began.
+    status: int32, a `Status` bit field.
+  """
+
+  singular_values: jax.Array
+  ratios: jax.Array
+  k_star: jax.Array
+  gap_ratio: jax.Array
+  null_ratio: jax.Array
+  edge_ambiguous: jax.Array
+  pc1_fraction: jax.Array
+  k95: jax.Array
+  drift_speed: jax.Array
+  alignment: jax.Array
+  turning: jax.Array
+  last_update_norm: jax.Array
+  effective_dim: jax.Array
+  phase: jax.Array
+  count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+  row_steps: jax.Array
+  skipped_nonfinite: jax.Array
+  skipped_zero: jax.Array
+  status: jax.Array
+
+
+# Fields with an axis of singular values or ratios behind the group axis.
+VECTOR_FIELDS = ("singular_values", "ratios")
+
+
+def explain(status: Any) -> str:
+  """Puts a status bit field into words.
+
+  Args:
+    status: an int, a concrete scalar array, or a `Report` of scalars.
+
+  Returns:
+    One sentence a line for each bit set, or a line that says that there is nothing to note.
+
+  Raises:
+    ValueError: the status has more than one element; index the seed first.
+
+  Example:
+    >>> import sedjax
+    >>> print(sedjax.explain(0))
+    Nothing to note.
+  """
+  values = np.asarray(status.status if isinstance(status, Report) else status)
+  if values.size != 1:
+    raise ValueError(f"sedjax.explain: expected one status, got an array of shape {values.shape}; index it first.")
+  bits = Status(int(values.reshape(())))
+  return "\n".join(words for bit, words in _WORDS.items() if bit & bits) or "Nothing to note."

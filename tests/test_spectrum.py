@@ -1,0 +1,86 @@
+"""Exact reports against the float64 oracle, on prescribed spectra."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+import sedjax
+
+
+def spectra(window):
+  k = np.arange(window)
+  return {
+    "sharp edge": np.where(k < max(2, window // 3), 1.0, 0.05) * (1 - 0.3 * k / window),
+    "ties": np.where(k < window // 2, 1.0, 1 / 30),
+    "geometric": np.geomspace(1, 1 / 250, window),
+    "flat": np.ones(window),
+  }
+
+
+def run(rows, window, sketch, shape=(-1,)):
+  tx = sedjax.track_spectral_edge(window=window, sketch=sketch)
+  params = {"w": jnp.zeros(rows.shape[1], jnp.float32).reshape(shape)}
+  state = tx.init(params)
+  stack = {"w": jnp.asarray(rows, jnp.float32).reshape(len(rows), *params["w"].shape)}
+
+  @jax.jit
+  def train(state, stack):
+    return jax.lax.scan(lambda s, u: (tx.update(u, s)[1], sedjax.get_report(tx.update(u, s)[1])), state, stack)
+
+  return train(state, stack)
+
+
+@pytest.mark.parametrize("window", [3, 10, 64])
+@pytest.mark.parametrize("kind", list(spectra(10)))
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_exact_agrees_with_the_oracle(window, kind, scale):
+  if window == 64 and scale != 1.0:
+    pytest.skip("one scale is enough for the widest window")
+  rows = scale * oracles.rows_with_spectrum(spectra(window)[kind], 700)
+  _, reports = run(rows, window, sedjax.sketch.exact(), (70, 10))
+  report = jax.tree.map(lambda x: x[-1], reports)
+  truth = oracles.spectrum(rows.astype(np.float32).astype(np.float64))
+  sigma = truth["singular_values"]
+  error = np.abs(np.asarray(report.singular_values, np.float64) / sigma - 1)
+  assert np.all(error[sigma > sigma[0] / 31] <= 2e-5)
+  assert np.all(error[sigma > sigma[0] / 300] <= 1e-2)
+  k_max = window // 2
+  ordered = np.sort(truth["ratios"][:k_max])[::-1]
+  if k_max == 1 or ordered[0] / ordered[1] > 1.001:
+    assert int(report.k_star) == int(np.argmax(truth["ratios"][:k_max])) + 1
+  for name in ("pc1_fraction", "k95", "drift_speed", "last_update_norm"):
+    np.testing.assert_allclose(getattr(report, name), truth[name], rtol=1e-4)
+
+
+def test_turning_and_alignment():
+  """Directions of consecutive windows, where the leading one is well separated."""
+  rng = np.random.default_rng(3)
+  drift = np.cumsum(rng.normal(size=(16, 200)), 0)
+  rows = drift / np.linalg.norm(drift, axis=1, keepdims=True)
+  _, reports = run(rows, 5, sedjax.sketch.exact())
+  for last in range(5, 16):
+    now, before = (oracles.spectrum(rows[i - 4 : i + 1]) for i in (last, last - 1))
+    turning = 1 - abs(now["direction"] @ before["direction"])
+    np.testing.assert_allclose(reports.turning[last], turning, rtol=2e-3, atol=1e-6)
+    np.testing.assert_allclose(reports.alignment[last], now["alignment"], rtol=1e-3)
+  assert np.all(np.asarray(reports.turning[:5]) == 0)
+  assert np.all(np.asarray(reports.k_star[:4]) == 0)
+  assert np.all(np.asarray(reports.k_star[4:]) > 0)
+
+
+@pytest.mark.parametrize("make", [sedjax.sketch.exact, sedjax.sketch.count])
+def test_rank_one_and_zeros(make):
+  rows = np.ones((6, 1)) * np.random.default_rng(0).normal(size=(1, 400))
+  _, reports = run(rows, 5, make())
+  report = jax.tree.map(lambda x: x[-1], reports)
+  assert int(report.k_star) == 1
+  assert float(report.gap_ratio) == pytest.approx(300, rel=1e-3)
+  assert int(report.status) & sedjax.Status.BELOW_FLOOR
+  assert float(report.pc1_fraction) == pytest.approx(1, abs=1e-5)
+  _, reports = run(0 * rows, 5, make())
+  report = jax.tree.map(lambda x: x[-1], reports)
+  assert int(report.count) == 0
+  assert int(report.k_star) == 0
+  assert all(bool(jnp.all(jnp.isfinite(field))) for field in report)
