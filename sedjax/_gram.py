@@ -72,7 +72,7 @@ def plain_dot(rows: jax.Array, row: jax.Array) -> jax.Array:
 
 def _round_robin(size: int) -> np.ndarray:
   """int[size - 1, size]: in each of size - 1 rounds every index meets another one (size is even)."""
-  order = list(range(size))
+  order: list[int] = list(range(size))
   rounds = []
   for _ in range(size - 1):
     partner = np.empty(size, np.int32)

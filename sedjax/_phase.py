@@ -7,7 +7,7 @@ is a new RISE with a new peak.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,10 @@ class PhaseState(NamedTuple):
 
 
 def init_phase(groups: int) -> PhaseState:
-  def zeros(dtype: type) -> jax.Array:
+  def zeros(dtype: Any = jnp.float32) -> jax.Array:
     return jnp.zeros((groups,), dtype)
 
-  return PhaseState(zeros(jnp.int32), *(zeros(jnp.float32) for _ in range(4)), zeros(jnp.int32))
+  return PhaseState(zeros(jnp.int32), zeros(), zeros(), zeros(), zeros(), zeros(jnp.int32))
 
 
 def step_phase(
