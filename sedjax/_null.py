@@ -49,4 +49,4 @@ def noise_ratios(window: int, momentum: float, every: int) -> tuple[np.ndarray, 
     logs = np.log(values[:, :-1] / values[:, 1:])
     means.append(logs.mean(0))
     deviations.append(logs.std(0))
-  return log2_dims.astype(np.float32), np.float32(means), np.float32(deviations)
+  return log2_dims.astype(np.float32), np.asarray(means, np.float32), np.asarray(deviations, np.float32)
