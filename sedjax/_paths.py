@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Leaves(NamedTuple):
-  """The float and complex leaves of a tree, in tree order."""
+  """All leaves of a tree in tree order, and which of them hold floats or complex floats."""
 
   paths: tuple[str, ...]
   values: tuple[Any, ...]
-  others: int  # leaves that hold no real or complex floats, which are not tracked
+  inexact: tuple[bool, ...]
 
 
 def _key_name(key: Any) -> str:
@@ -49,18 +49,15 @@ def normalised_paths(key_paths: list[tuple[Any, ...]]) -> tuple[str, ...]:
   return paths
 
 
-def tracked_leaves(tree: Any) -> Leaves:
-  """Splits a tree into its float or complex leaves, and the number of all others (integers, float0, keys)."""
+def is_inexact(leaf: Any) -> bool:
+  """Whether a leaf holds floats or complex floats (integers, booleans, float0 and PRNG keys do not)."""
+  dtype = getattr(leaf, "dtype", None)
+  return jnp.issubdtype(dtype if dtype is not None else np.result_type(leaf), jnp.inexact)
+
+
+def leaves_of(tree: Any) -> Leaves:
+  """The leaves of a tree with their normalised paths."""
   with_paths = jax.tree_util.tree_leaves_with_path(tree)
   paths = normalised_paths([path for path, _ in with_paths])
-  kept = [
-    (path, leaf)
-    for path, (_, leaf) in zip(paths, with_paths, strict=True)
-    if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-  ]
-  return Leaves(tuple(p for p, _ in kept), tuple(leaf for _, leaf in kept), len(with_paths) - len(kept))
-
-
-def fingerprint(paths: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> int:
-  """An int in [0, 2**31) that tells trees of other paths or shapes apart."""
-  return zlib.crc32(repr((paths, shapes)).encode()) & 0x7FFFFFFF
+  values = tuple(leaf for _, leaf in with_paths)
+  return Leaves(paths, values, tuple(is_inexact(leaf) for leaf in values))

@@ -163,7 +163,7 @@ def report_window(
     k95=jnp.where(some, k95, 0).astype(jnp.int32),
     drift_speed=jnp.sqrt(jnp.maximum(gram[0].sum((-2, -1)), 0)) / window * unit,
     alignment=jnp.clip(alignment, 0, 1),
-    turning=jnp.where((count > window) & some, jnp.clip(turning, 0, 1), 0),
+    turning=jnp.where((count > window) & some & jnp.any(state.direction != 0, -1), jnp.clip(turning, 0, 1), 0),
     last_update_norm=norm * rows.scale[:, last],
     effective_dim=dims,
     phase=phase.phase,

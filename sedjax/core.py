@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from sedjax import _gram, sketch
-from sedjax._paths import tracked_leaves
+from sedjax._paths import leaves_of
 from sedjax._phase import init_phase
 from sedjax._spectrum import Rows, WindowState, report_window
 from sedjax._types import VECTOR_FIELDS, Report, Status
@@ -123,38 +123,35 @@ class TrackerState(NamedTuple):
 
 
 class _Layout(NamedTuple):
-  """Which leaves are tracked, and where they belong."""
+  """The leaves of a tree, and where each belongs."""
 
   paths: tuple[str, ...]
   leaves: tuple[Any, ...]
-  group: tuple[int, ...]  # by leaf: index of its label
+  group: tuple[int | None, ...]  # by leaf: index of its label, or None where it is not tracked
   labels: tuple[Hashable, ...]
-  untracked: int
 
 
 def _layout(config: Config, tree: Any) -> _Layout:
-  found = tracked_leaves(tree)
+  found = leaves_of(tree)
   if config.groups is None:
-    return _Layout(found.paths, found.values, (0,) * len(found.paths), ("",), found.others)
+    return _Layout(found.paths, found.values, tuple(0 if inexact else None for inexact in found.inexact), ("",))
   labels: dict[Hashable, int] = {}
-  kept = []
-  for path, leaf in zip(found.paths, found.values, strict=True):
+  group: list[int | None] = []
+  for path, inexact in zip(found.paths, found.inexact, strict=True):
+    if not inexact:
+      group.append(None)
+      continue
     try:
       label = config.groups(path)
     except Exception as error:
       raise ValueError(f"track_spectral_edge: groups({path!r}) raised {error!r}; return a label or None.") from error
-    if label is None:
-      continue
     try:
-      index = labels.setdefault(label, len(labels))
+      group.append(None if label is None else labels.setdefault(label, len(labels)))
     except TypeError as error:
       raise ValueError(
         f"track_spectral_edge: groups({path!r}) returned {label!r}, which is not hashable; return a string."
       ) from error
-    kept.append((path, leaf, index))
-  paths, leaves, group = zip(*kept, strict=True) if kept else ((), (), ())
-  others = found.others + len(found.paths) - len(kept)
-  return _Layout(paths, leaves, group, tuple(labels), others)
+  return _Layout(found.paths, found.values, tuple(group), tuple(labels))
 
 
 def encode_label(label: Hashable) -> np.ndarray:
@@ -167,20 +164,46 @@ def decode_label(words: Any) -> str:
   return np.asarray(words, "<i4").tobytes().rstrip(b"\0").decode(errors="replace")
 
 
-def _row(config: Config, layout: _Layout) -> Any:
-  """The row of one tree: float32[labels, dim], or the tracked leaves themselves."""
-  if config.exact:
-    return tuple(sketch.as_real(leaf).astype(jnp.float32) for leaf in layout.leaves)
+def _real(leaf: Any, group: int | None) -> jax.Array:
+  """A tracked leaf as a real array of at least float32; an untracked one as no numbers at all."""
+  if group is None:
+    return jnp.zeros((0,), jnp.float32)
+  leaf = sketch.as_real(leaf)
+  return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _sketch_row(config: Config, layout: _Layout, leaves: list[jax.Array]) -> jax.Array:
+  """float32[labels, dim]: the sketches of the leaves, summed within each group."""
   rows = [jnp.zeros((config.sketch.dim,), jnp.float32) for _ in layout.labels]
-  for path, leaf, group in zip(layout.paths, layout.leaves, layout.group, strict=True):
-    rows[group] = rows[group] + config.sketch.apply(path, sketch.as_real(leaf))
+  for path, leaf, group in zip(layout.paths, leaves, layout.group, strict=True):
+    if group is not None:
+      rows[group] = rows[group] + config.sketch.apply(path, leaf)
   return jnp.stack(rows) if rows else jnp.zeros((0, config.sketch.dim), jnp.float32)
 
 
-def _empty_row(config: Config, layout: _Layout) -> Any:
+def _row(config: Config, layout: _Layout, rows: Any) -> Any:
+  """The row of one tree, built like one slot of `rows`: a sketch, or the leaves themselves in float32."""
+  leaves = [_real(leaf, group) for leaf, group in zip(layout.leaves, layout.group, strict=True)]
+  if not config.exact:
+    return _sketch_row(config, layout, leaves)
+  structure = jax.tree.structure(rows)
+  slots = [leaf.shape[1:] for leaf in jax.tree.leaves(rows)]
+  if slots != [leaf.shape for leaf in leaves]:
+    raise ValueError(
+      "track_spectral_edge: the updates differ in tree or shapes from what init saw; call tx.init again with these "
+      "parameters."
+    )
+  return jax.tree.unflatten(structure, [leaf.astype(jnp.float32) for leaf in leaves])
+
+
+def _empty_row(config: Config, layout: _Layout, params: Any) -> Any:
   if not config.exact:
     return jax.ShapeDtypeStruct((len(layout.labels), config.sketch.dim), jnp.float32)
-  return tuple(jax.eval_shape(lambda x: sketch.as_real(x).astype(jnp.float32), leaf) for leaf in layout.leaves)
+  shapes = [
+    jax.eval_shape(lambda x, g=g: _real(x, g), x).shape for x, g in zip(layout.leaves, layout.group, strict=True)
+  ]
+  rows = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  return jax.tree.unflatten(jax.tree.structure(params), rows)
 
 
 def _group_count(config: Config, layout: _Layout) -> int:
@@ -217,7 +240,7 @@ def init(config: Config, params: Any) -> TrackerState:
   """
   layout = _layout(config, params)
   slots, groups = config.slots, _group_count(config, layout)
-  row = _empty_row(config, layout)
+  row = _empty_row(config, layout, params)
 
   def zeros_like(lead: tuple[int, ...]) -> Any:
     return jax.tree.map(lambda r: _zeros((*lead, *r.shape)), row)
@@ -236,7 +259,7 @@ def init(config: Config, params: Any) -> TrackerState:
     elapsed=_zeros((), jnp.int32),
     nonfinite=_zeros((), jnp.int32),
     zero=_zeros((), jnp.int32),
-    flags=jnp.full((), int(Status.UNTRACKED) if layout.untracked else 0, jnp.int32),
+    flags=jnp.full((), int(Status.UNTRACKED) if None in layout.group else 0, jnp.int32),
     windows=tuple(WindowState(init_phase(groups), _zeros((groups, slots))) for _ in config.windows),
     reports=tuple(_empty_report(w, (groups,)) for w in config.windows),
     history=tuple(_empty_report(w, (config.history, groups)) for w in config.windows if config.history),
@@ -283,7 +306,10 @@ def _exact_column(
   groups = range(len(layout.labels))
   zero = jnp.zeros((config.slots,), jnp.float32)
   largest = [jnp.float32(0) for _ in groups]
-  for leaf, group in zip(rows, layout.group, strict=True):
+  tracked = [
+    (leaf, group) for leaf, group in zip(jax.tree.leaves(rows), layout.group, strict=True) if group is not None
+  ]
+  for leaf, group in tracked:
     largest[group] = jnp.maximum(largest[group], jnp.max(jnp.abs(leaf[slot]), initial=0))
   whole_first = [_fold(jnp.maximum, largest, jnp.float32(0))] + ([] if config.groups is None else largest)
   # Twice the power of two at or below the largest number: scaled rows lie within [-1, 1].
@@ -291,7 +317,7 @@ def _exact_column(
   scales = scales.at[:, slot].set(scale)
   columns, dims = [], []
   for g in range(scales.shape[0]):
-    members = [leaf for leaf, group in zip(rows, layout.group, strict=True) if g == 0 or group == g - 1]
+    members = [leaf for leaf, group in tracked if g == 0 or group == g - 1]
     unit = jnp.where(scales[g] > 0, scales[g], 1)
     pair, square, fourth = (zero, zero), jnp.float32(0), jnp.float32(0)
     for leaf in members:
@@ -307,8 +333,8 @@ def _exact_column(
   return jnp.stack(columns, 1), scale, jnp.stack(dims)
 
 
-def _push(config: Config, layout: _Layout, state: TrackerState, steps: jax.Array) -> TrackerState:
-  """Takes the row under the cursor, of `steps` steps, into the window and reports."""
+def _push(config: Config, layout: _Layout, state: TrackerState, steps: jax.Array, extra: Any = 0) -> TrackerState:
+  """Takes the row under the cursor, of `steps` steps, into the window and reports (with `extra` status bits)."""
   slot = state.cursor
   facts = state.facts
   column, scale, dims = _column(config, layout, state.rows, slot, facts.scale)
@@ -322,7 +348,7 @@ def _push(config: Config, layout: _Layout, state: TrackerState, steps: jax.Array
   count = jnp.minimum(state.pushed, _INT_MAX - 1) + 1
   order = (slot - jnp.arange(config.slots, dtype=jnp.int32)) % config.slots
   flags = (
-    state.flags
+    (state.flags | extra)
     + jnp.where(state.nonfinite > 0, int(Status.NONFINITE_SKIPPED), 0)
     + jnp.where(state.zero > 0, int(Status.ZERO_SKIPPED), 0)
   )
@@ -372,7 +398,7 @@ def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
 
 
 def _observe_updates(config: Config, layout: _Layout, state: TrackerState, step: Any) -> TrackerState:
-  row = _row(config, layout)
+  row = _row(config, layout, state.rows)
   size = _largest(row)
   finite, zero = jnp.isfinite(size), size == 0
   first = state.elapsed == 0
@@ -413,6 +439,74 @@ def _observe_updates(config: Config, layout: _Layout, state: TrackerState, step:
   return small._replace(rows=state.rows)
 
 
+def _split_parameters(layout: _Layout) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
+  """Parameters as coarse + fine parts, and the grid of the coarse ones.
+
+  The coarse parts are multiples of one power of two, so that float32 sums of thousands of them are exact and
+  differences of two sketches lose nothing; the fine parts are 2⁻¹⁷ of the largest parameter at most.
+  """
+  leaves = [_real(leaf, group) for leaf, group in zip(layout.leaves, layout.group, strict=True)]
+  grid = _gram.power_of_two(_largest(leaves)) * np.float32(2.0**-16)
+  grid = jnp.where(grid > 0, grid, 1)
+  coarse = [jnp.round(leaf / grid.astype(leaf.dtype)) * grid.astype(leaf.dtype) for leaf in leaves]
+  fine = [(leaf - part).astype(jnp.float32) for leaf, part in zip(leaves, coarse, strict=True)]
+  return [part.astype(jnp.float32) for part in coarse], fine, grid
+
+
+def _norm(x: jax.Array) -> jax.Array:
+  largest = jnp.max(jnp.abs(x), initial=0)
+  unit = jnp.where(largest > 0, largest, 1)
+  return jnp.sqrt(jnp.sum((x / unit) ** 2)) * unit
+
+
+def _read_parameters(config: Config, layout: _Layout, state: TrackerState) -> tuple[Any, Any, jax.Array]:
+  """The new base, the row of the change since the old one, and whether rounding may exceed 1 % of that row."""
+  if config.exact:
+    now = _row(config, layout, state.rows)
+    row = jax.tree.map(lambda new, old: new - old[0], now, state.base)
+    doubles = any(_real(leaf, g).dtype == jnp.float64 for leaf, g in zip(layout.leaves, layout.group, strict=True))
+    # float64 parameters are kept in float32, whose rounding is relative to the parameters.
+    lossy = _largest(row) < _largest(now) * np.float32(100 * 2.0**-24) if doubles else jnp.array(False)
+    return jax.tree.map(lambda new: new[None], now), row, lossy
+  coarse, fine, grid = _split_parameters(layout)
+  coarse, fine = _sketch_row(config, layout, coarse), _sketch_row(config, layout, fine)
+  row = (coarse - state.base[0]) + (fine - state.base[1])
+  # Gaussian weights are no multiples of the grid, and huge sums outgrow it: then float32 rounds the coarse part too.
+  rounds = isinstance(config.sketch, sketch.Gaussian) | (_largest(coarse) > grid * np.float32(2.0**23))
+  error = _norm(fine) * np.float32(2.0**-22) + jnp.where(rounds, _norm(coarse) * np.float32(2.0**-21), 0)
+  return jnp.stack([coarse, fine]), row, error > np.float32(0.01) * _norm(row)
+
+
+def _observe_params(config: Config, layout: _Layout, state: TrackerState, step: Any) -> TrackerState:
+  # `elapsed` is 0 until there is a base, then the number of steps since it was read.
+  due = state.elapsed % config.every == 0 if step is None else jnp.asarray(step) % config.every == 0
+
+  def later(state: TrackerState) -> TrackerState:
+    return state._replace(elapsed=state.elapsed + (state.elapsed > 0).astype(jnp.int32))
+
+  def read(state: TrackerState) -> TrackerState:
+    base, row, lossy = _read_parameters(config, layout, state)
+    finite = jnp.isfinite(_largest(base))
+    started = state.elapsed > 0
+    zero = started & finite & (_largest(row) == 0)
+    state = state._replace(
+      nonfinite=state.nonfinite + (~finite).astype(jnp.int32), zero=state.zero + zero.astype(jnp.int32)
+    )
+    accept = started & finite & ~zero
+    slot = jax.tree.map(lambda ring: ring[state.cursor], state.rows)
+    rows = _write(state.rows, state.cursor, _choose(accept, row, slot))
+    extra = jnp.where(lossy, int(Status.CANCELLATION), 0)
+    pushed = _push(config, layout, state._replace(rows=rows), state.elapsed, extra)
+    small = _choose(accept, pushed._replace(rows=(), base=()), state._replace(rows=(), base=()))
+    keep = ~finite | zero
+    elapsed = jnp.where(keep, later(state).elapsed, 1).astype(jnp.int32)
+    return small._replace(rows=rows, base=_choose(keep, state.base, base), elapsed=elapsed)
+
+  if config.every == 1 and step is None:
+    return read(state)
+  return jax.lax.cond(due, read, later, state)
+
+
 def observe(config: Config, state: TrackerState, updates: Any, params: Any = None, step: Any = None) -> TrackerState:
   """Takes in one step.
 
@@ -437,7 +531,7 @@ def observe(config: Config, state: TrackerState, updates: Any, params: Any = Non
       raise ValueError(
         "track_spectral_edge: source='params' needs the parameters, got None; call tx.update(updates, state, params)."
       )
-    raise NotImplementedError("source='params' is not there yet")
+    return _observe_params(config, _layout(config, params), state, step)
   return _observe_updates(config, _layout(config, updates), state, step)
 
 
@@ -481,7 +575,10 @@ def report(state: TrackerState, *, group: Hashable | None = None, window: int | 
   sizes = window_sizes(state)
   if window is not None and window not in sizes:
     raise ValueError(f"sedjax: there is no window {window!r}; the tracker's windows are {sizes}.")
-  found = state.reports[-1 if window is None else sizes.index(window)]
+  return _pick(state, state.reports[-1 if window is None else sizes.index(window)], group)
+
+
+def _pick(state: TrackerState, found: Report, group: Hashable | None) -> Report:
   index = _group_index(state, group)
   known = jnp.asarray(index >= 0)
 
@@ -496,3 +593,40 @@ def report(state: TrackerState, *, group: Hashable | None = None, window: int | 
     return jnp.where(known, picked, jnp.asarray(void, field.dtype))
 
   return Report(*(pick(name, field) for name, field in zip(Report._fields, found, strict=True)))
+
+
+def reports(state: TrackerState) -> Report:
+  """All reports of one state: fields [..., group, window], vectors padded with 0 to the largest window.
+
+  Group 0 is the whole model; the others follow in the order in which the tree's leaves first name them.
+  """
+  largest = window_sizes(state)[-1]
+
+  def stack(name: str, fields: tuple[jax.Array, ...]) -> jax.Array:
+    if name not in VECTOR_FIELDS:
+      return jnp.stack(fields, -1)
+    length = largest - (name == "ratios")
+    return jnp.stack([jnp.pad(f, [(0, 0)] * (f.ndim - 1) + [(0, length - f.shape[-1])]) for f in fields], -2)
+
+  return Report(*(stack(n, f) for n, f in zip(Report._fields, zip(*state.reports, strict=True), strict=True)))
+
+
+def history(state: TrackerState, *, group: Hashable | None = None, window: int | None = None) -> Report:
+  """The last reports, oldest first: fields [..., history]; `count` is 0 where there was none yet.
+
+  Args, Raises: as `report`; ValueError where the tracker keeps no history.
+  """
+  if not state.history:
+    raise ValueError("sedjax: this tracker keeps no history; pass history=… to track_spectral_edge.")
+  sizes = window_sizes(state)
+  if window is not None and window not in sizes:
+    raise ValueError(f"sedjax: there is no window {window!r}; the tracker's windows are {sizes}.")
+  ring = _pick(state, state.history[-1 if window is None else sizes.index(window)], group)
+  order = jnp.argsort(ring.count, axis=-1)
+
+  def by_age(name: str, field: jax.Array) -> jax.Array:
+    if name in VECTOR_FIELDS:
+      return jnp.take_along_axis(field, order[..., None], -2)
+    return jnp.take_along_axis(field, order, -1)
+
+  return Report(*(by_age(name, field) for name, field in zip(Report._fields, ring, strict=True)))
