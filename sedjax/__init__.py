@@ -2,8 +2,11 @@
 
 from sedjax import core as core
 from sedjax import sketch as sketch
+from sedjax._migrate import migrate as migrate
 from sedjax._transform import SpectralEdgeState as SpectralEdgeState
+from sedjax._transform import get_history as get_history
 from sedjax._transform import get_report as get_report
+from sedjax._transform import get_reports as get_reports
 from sedjax._transform import track_spectral_edge as track_spectral_edge
 from sedjax._types import Phase as Phase
 from sedjax._types import Report as Report
@@ -18,7 +21,10 @@ __all__ = [
   "Status",
   "core",
   "explain",
+  "get_history",
   "get_report",
+  "get_reports",
+  "migrate",
   "sketch",
   "track_spectral_edge",
 ]

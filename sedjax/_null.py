@@ -8,7 +8,7 @@ import numpy as np
 
 _DRAWS = 200
 # Ratios are compared with the mean of noise plus so many standard deviations, both of the logarithm.
-ENTER, LEAVE = 5.0, 3.5
+ENTER, LEAVE = 7.0, 4.5
 _LOG2_DIMS = np.arange(6, 33, 2)
 
 

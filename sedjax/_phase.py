@@ -40,7 +40,7 @@ def step_phase(
   state: PhaseState, ratio: jax.Array, enter: jax.Array, leave: jax.Array, full: jax.Array, window: int
 ) -> PhaseState:
   """One row later: `ratio` [G] against the thresholds for entering and leaving an edge; nothing until `full`."""
-  settle = max(2, window // 2)
+  settle = max(2, window // 3)
   age = state.age + 1
   slope = state.slope + (ratio - state.previous - state.slope) * np.float32(2 / (settle + 1))
   peak = jnp.maximum(state.peak, ratio)
@@ -49,7 +49,7 @@ def step_phase(
   rising, flat, falling = was == Phase.RISE, was == Phase.PLATEAU, was == Phase.COLLAPSE
   trough = jnp.minimum(state.anchor, ratio)
   mean_growth = jnp.maximum((ratio - state.anchor) / age, np.float32(0.02 / window) * ratio)
-  settled = (age >= settle) & (slope < np.float32(0.5) * mean_growth)
+  settled = (age >= settle) & (slope < np.float32(0.6) * mean_growth)
 
   gone = ~outside & (ratio < leave)
   begins = (outside & (ratio > enter)) | (flat & (ratio * _HOLD > state.anchor)) | (falling & (ratio * _HOLD > trough))

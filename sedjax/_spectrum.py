@@ -77,6 +77,7 @@ def report_window(
   state: WindowState,
   order: jax.Array,
   count: jax.Array,
+  filled: jax.Array,
   *,
   window: int,
   k_max: int,
@@ -90,7 +91,8 @@ def report_window(
     rows: the ring's small facts.
     state: of this window size.
     order: int32[n], slots from the newest row to the oldest.
-    count: int32[], rows pushed so far, this one included.
+    count: int32[], rows pushed since the tracker began, this one included.
+    filled: int32[], rows that the ring holds, this one included.
     window, k_max, momentum, every, exact: static configuration.
 
   Returns:
@@ -111,7 +113,7 @@ def report_window(
     return jnp.where(some, x / jnp.where(some, total, 1), 0)
 
   sigma = relative * unit[:, None]
-  full = count >= window
+  full = filled >= window
   ratios = ratios_of(sigma)
   inverse_dim = share((energy / jnp.maximum(rows.dims[:, newest], 1)).sum(-1))
   dims = jnp.where(some, 1 / jnp.where(inverse_dim > 0, inverse_dim, 1), 0)
@@ -139,7 +141,7 @@ def report_window(
 
   spread = jnp.cumsum(relative**2, -1)
   k95 = jnp.sum(spread < np.float32(0.95) * spread[:, -1:], -1).astype(jnp.int32) + 1
-  present = jnp.arange(window, dtype=jnp.int32) < count
+  present = jnp.arange(window, dtype=jnp.int32) < filled
   partial = jnp.any(present & (rows.steps[newest] != every))
   bits = (
     jnp.where(full, 0, int(Status.WINDOW_FILLING))
@@ -163,7 +165,7 @@ def report_window(
     k95=jnp.where(some, k95, 0).astype(jnp.int32),
     drift_speed=jnp.sqrt(jnp.maximum(gram[0].sum((-2, -1)), 0)) / window * unit,
     alignment=jnp.clip(alignment, 0, 1),
-    turning=jnp.where((count > window) & some & jnp.any(state.direction != 0, -1), jnp.clip(turning, 0, 1), 0),
+    turning=jnp.where((filled > window) & some & jnp.any(state.direction != 0, -1), jnp.clip(turning, 0, 1), 0),
     last_update_norm=norm * rows.scale[:, last],
     effective_dim=dims,
     phase=phase.phase,

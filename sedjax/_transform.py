@@ -9,6 +9,8 @@ import jax
 import optax
 
 from sedjax import core
+from sedjax._layout import layout_of, tree_id
+from sedjax._rows import TREE_CHANGED
 from sedjax._types import Report
 
 
@@ -32,27 +34,38 @@ def track_spectral_edge(
 ) -> optax.GradientTransformationExtraArgs:
   """Watches the updates that pass, and leaves them as they are.
 
-  Put it last in a chain and read the report with `get_report`.
+  Put it last in a chain and read the report with `get_report`. Leaves of integers, booleans, float0 and PRNG keys are
+  not tracked (the report's status says so); a complex leaf counts as its real and imaginary parts. Inside
+  `optax.MultiSteps` the tracker is computed on each micro-step and kept on the last one; around it, the micro-steps'
+  zero updates are skipped and counted.
 
   Args:
     window: int >= 3, rows in the window, or a tuple of ints for several windows over one buffer.
-    every: int >= 1, steps summed into a row.
-    k_max: int, the last place where an edge is looked for; None for half of each window.
+    every: int >= 1, steps summed into a row. A step with a NaN or Inf is left out and an exactly zero one does not
+      count; a row of another number of steps says so in `Report.row_steps`.
+    k_max: int in 1…W - 1, the last place where an edge is looked for; None for half of each window, since the ratios of
+      a smooth trajectory's tail are large and mean nothing. W - 1 is the paper's definition.
     sketch: `sedjax.sketch.count(dim)` (None: of dim 16384), `gaussian(dim)` or `exact()`.
     groups: None, or a function from a leaf's path ("block_0/attn/kernel") to a label, None for "not tracked".
-    source: "updates", or "params" for differences of the parameters.
+    source: "updates", or "params" for differences of the parameters, read once in `every` steps; the row of steps
+      (k-1)n+1 … kn is seen at step kn+1, since a chain is given the parameters from before the step.
     momentum: float in [0, 1), β₁ of the optimizer: noise of that correlation is what an edge must exceed.
-    history: int, so many past reports are kept on the device.
+    history: int >= 0, so many past reports are kept on the device; see `get_history`.
     name: tells two trackers in one optimizer apart.
 
   Returns:
-    An `optax.GradientTransformationExtraArgs`; its update takes an optional `sed_step`, the number of steps before
-    this one, which sets the rhythm of `every` and may be unbatched under `vmap`.
+    An `optax.GradientTransformationExtraArgs`. Its update takes an optional `sed_step`, the number of steps before
+    this one, which sets the rhythm of `every` and may be unbatched under `vmap`; other extra arguments are ignored.
 
   Raises:
-    ValueError: an argument is out of its range; the message names it.
+    ValueError: an argument is out of its range; in `update`, a tree that differs from that of `init`, or
+      `source="params"` without parameters. The message names what was given and what is accepted.
 
-  Source: arXiv 2603.15678.
+  Cost: one read of the updates a step; (W + 3)·dim·4 bytes a group; every row, a Gram column and an eigenproblem of W
+    rows in each group and window.
+
+  Source: arXiv 2603.15678. Departures: rows are steps rather than checkpoints, seen through a sketch; `k_max`; the
+    phases are streaming, without hindsight.
 
   Example:
     >>> import jax.numpy as jnp, optax, sedjax
@@ -66,13 +79,20 @@ def track_spectral_edge(
   if not isinstance(name, str) or not name:
     raise ValueError(f"track_spectral_edge: name must be a non-empty string, got {name!r}.")
 
+  # A traced state cannot tell which tree it belongs to, so that the trees that init saw are remembered here.
+  seen: set[int] = set()
+
   def init_fn(params: Any) -> SpectralEdgeState:
+    seen.add(tree_id(layout_of(params, groups)))
     return SpectralEdgeState({name: core.init(config, params)})
 
   def update_fn(
     updates: Any, state: Any, params: Any = None, *, sed_step: Any = None, **extra_args: Any
   ) -> tuple[Any, Any]:
     del extra_args
+    watched = params if source == "params" and params is not None else updates
+    if seen and tree_id(layout_of(watched, groups)) not in seen:
+      raise ValueError(TREE_CHANGED)
     with jax.named_scope("sedjax"):
       tracker = core.observe(config, state.trackers[name], updates, params, sed_step)
     return updates, SpectralEdgeState({name: tracker})
@@ -110,9 +130,67 @@ def get_report(
     name: of the tracker, where there are several.
 
   Returns:
-    A `Report`; leading axes of a vmapped state are kept.
+    A `Report` of scalars and vectors; leading axes of a vmapped state are kept.
 
   Raises:
-    ValueError: no tracker, two of one name, or an unknown group, window or name.
+    ValueError: no tracker, two of one name, or an unknown group, window or name. (Inside `jit` the groups' names are
+      not known: there an unknown group gives NaN, k_star -1 and the status bit UNKNOWN_GROUP.)
+
+  Cost: none; the report is made when a row is pushed.
+
+  Example:
+    >>> import jax.numpy as jnp, sedjax
+    >>> tx = sedjax.track_spectral_edge(window=(3, 5), groups=lambda path: path.split("/")[0])
+    >>> state = tx.init({"head": {"w": jnp.ones(3)}, "body": {"w": jnp.ones(3)}})
+    >>> sedjax.get_report(state, group="head", window=3).singular_values.shape
+    (3,)
   """
   return core.report(_find(state, name), group=group, window=window)
+
+
+def get_reports(state: Any, *, name: str | None = None) -> Report:
+  """Finds the newest reports of all groups and windows in an optimizer state, inside or outside `jit`.
+
+  Args:
+    state: any optax state that holds a tracker, however deep.
+    name: of the tracker, where there are several.
+
+  Returns:
+    A `Report` of fields [..., group, window]: group 0 is the whole model, the others follow in the order in which the
+    tree's leaves first name them; windows ascend, and vectors are padded with 0 to the largest.
+
+  Raises:
+    ValueError: no tracker, two of one name, or an unknown name.
+
+  Example:
+    >>> import jax.numpy as jnp, sedjax
+    >>> state = sedjax.track_spectral_edge(window=(3, 5)).init({"w": jnp.ones(3)})
+    >>> sedjax.get_reports(state).singular_values.shape
+    (1, 2, 5)
+  """
+  return core.reports(_find(state, name))
+
+
+def get_history(
+  state: Any, *, group: Hashable | None = None, window: int | None = None, name: str | None = None
+) -> Report:
+  """Finds the last reports that a tracker with `history=H` kept, oldest first, inside or outside `jit`.
+
+  Args:
+    state, group, window, name: as for `get_report`.
+
+  Returns:
+    A `Report` of fields [..., H]; where there was no report yet, `count` is 0 and comes first.
+
+  Raises:
+    ValueError: as `get_report`, or the tracker keeps no history.
+
+  Example:
+    >>> import jax.numpy as jnp, sedjax
+    >>> tx = sedjax.track_spectral_edge(window=3, history=2)
+    >>> params = {"w": jnp.ones(3)}
+    >>> _, state = tx.update(params, tx.init(params))
+    >>> sedjax.get_history(state).count.tolist()
+    [0, 1]
+  """
+  return core.history(_find(state, name), group=group, window=window)

@@ -31,6 +31,7 @@ class Status(enum.IntFlag):
   CANCELLATION = 64
   UNTRACKED = 128
   UNKNOWN_GROUP = 256
+  MAP_CHANGED = 512
 
 
 _WORDS = {
@@ -46,6 +47,8 @@ _WORDS = {
   Status.CANCELLATION: "The difference of parameters is so small that its rounding error may exceed 1 %.",
   Status.UNTRACKED: "Some leaves are not tracked: they hold no floats, or `groups` returned None for them.",
   Status.UNKNOWN_GROUP: "The requested group does not exist, so every number here is void.",
+  Status.MAP_CHANGED: "The rows in the state were made with another sketch, or from another tree, than this tracker's, "
+  "so rows that are not comparable share a window: call init for a new state.",
 }
 
 
@@ -61,7 +64,7 @@ class Report(NamedTuple):
       (largest / 300), and a ratio that begins below that floor is 0.
     k_star: int32, 1-based place of the largest ratio up to k_max; 0 while the window fills.
     gap_ratio: float32, the ratio at k_star, or 0.
-    null_ratio: float32, what noise exceeds at k_star about once in a million rows, or 0.
+    null_ratio: float32, what noise with the same momentum exceeds at k_star less than once in 10⁵ rows, or 0.
     edge_ambiguous: bool, another place's ratio is within the sketch's error of the winner.
     pc1_fraction: float32 in [0, 1], share of the largest singular value in the sum of squares.
     k95: int32, the fewest singular values that hold 95 % of the sum of squares.

@@ -1,5 +1,7 @@
 """Exact reports against the float64 oracle, on prescribed spectra."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,17 +21,21 @@ def spectra(window):
   }
 
 
-def run(rows, window, sketch, shape=(-1,)):
+@functools.cache
+def trainer(window, sketch):
+  """A jitted scan over stacked updates, compiled once for each shape."""
   tx = sedjax.track_spectral_edge(window=window, sketch=sketch)
-  params = {"w": jnp.zeros(rows.shape[1], jnp.float32).reshape(shape)}
-  state = tx.init(params)
-  stack = {"w": jnp.asarray(rows, jnp.float32).reshape(len(rows), *params["w"].shape)}
 
-  @jax.jit
-  def train(state, stack):
-    return jax.lax.scan(lambda s, u: (tx.update(u, s)[1], sedjax.get_report(tx.update(u, s)[1])), state, stack)
+  def step(state, updates):
+    _, state = tx.update(updates, state)
+    return state, sedjax.get_report(state)
 
-  return train(state, stack)
+  return jax.jit(lambda stack: jax.lax.scan(step, tx.init(jax.tree.map(lambda x: x[0], stack)), stack)[1])
+
+
+def run(rows, window, sketch, shape=(-1,)):
+  """The reports after each of the rows, as updates of one leaf of the given shape."""
+  return trainer(window, sketch)({"w": jnp.asarray(rows, jnp.float32).reshape(len(rows), *shape)})
 
 
 @pytest.mark.parametrize("window", [3, 10, 64])
@@ -39,7 +45,7 @@ def test_exact_agrees_with_the_oracle(window, kind, scale):
   if window == 64 and scale != 1.0:
     pytest.skip("one scale is enough for the widest window")
   rows = scale * oracles.rows_with_spectrum(spectra(window)[kind], 700)
-  _, reports = run(rows, window, sedjax.sketch.exact(), (70, 10))
+  reports = run(rows, window, sedjax.sketch.exact(), (70, 10))
   report = jax.tree.map(lambda x: x[-1], reports)
   truth = oracles.spectrum(rows.astype(np.float32).astype(np.float64))
   sigma = truth["singular_values"]
@@ -59,7 +65,7 @@ def test_turning_and_alignment():
   rng = np.random.default_rng(3)
   drift = np.cumsum(rng.normal(size=(16, 200)), 0)
   rows = drift / np.linalg.norm(drift, axis=1, keepdims=True)
-  _, reports = run(rows, 5, sedjax.sketch.exact())
+  reports = run(rows, 5, sedjax.sketch.exact())
   for last in range(5, 16):
     now, before = (oracles.spectrum(rows[i - 4 : i + 1]) for i in (last, last - 1))
     turning = 1 - abs(now["direction"] @ before["direction"])
@@ -73,13 +79,13 @@ def test_turning_and_alignment():
 @pytest.mark.parametrize("make", [sedjax.sketch.exact, sedjax.sketch.count])
 def test_rank_one_and_zeros(make):
   rows = np.ones((6, 1)) * np.random.default_rng(0).normal(size=(1, 400))
-  _, reports = run(rows, 5, make())
+  reports = run(rows, 5, make())
   report = jax.tree.map(lambda x: x[-1], reports)
   assert int(report.k_star) == 1
   assert float(report.gap_ratio) == pytest.approx(300, rel=1e-3)
   assert int(report.status) & sedjax.Status.BELOW_FLOOR
   assert float(report.pc1_fraction) == pytest.approx(1, abs=1e-5)
-  _, reports = run(0 * rows, 5, make())
+  reports = run(0 * rows, 5, make())
   report = jax.tree.map(lambda x: x[-1], reports)
   assert int(report.count) == 0
   assert int(report.k_star) == 0

@@ -1,0 +1,116 @@
+"""The leaves of a tree of updates: their paths, which read the same in linen, nnx and plain dicts, and their groups."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_LABEL_WORDS = 16
+
+
+class Layout(NamedTuple):
+  """The leaves of a tree, and where each belongs."""
+
+  paths: tuple[str, ...]
+  leaves: tuple[Any, ...]
+  group: tuple[int | None, ...]  # by leaf: index of its label, or None where it is not tracked
+  labels: tuple[Hashable, ...]  # a single "" where there are no groups
+
+
+def _key_name(key: Any) -> str:
+  for attribute in ("key", "name", "idx"):
+    if hasattr(key, attribute):
+      return str(getattr(key, attribute))
+  return str(key)
+
+
+def _is_variable_value(key: Any) -> bool:
+  # nnx shows a variable's content as attribute `value`; a dict entry of that name is a DictKey.
+  return isinstance(key, jax.tree_util.GetAttrKey) and key.name in ("value", "raw_value")
+
+
+def normalised_paths(key_paths: list[tuple[Any, ...]]) -> tuple[str, ...]:
+  """Joins key paths with '/', without linen's common first 'params' and nnx's last '.value'.
+
+  Raises:
+    ValueError: two leaves would have one path, which would give them the same random signs.
+  """
+  names = []
+  for keys in key_paths:
+    if keys and _is_variable_value(keys[-1]):
+      keys = keys[:-1]
+    names.append(tuple(_key_name(key) for key in keys))
+  if names and all(len(name) > 1 and name[0] == "params" for name in names):
+    names = [name[1:] for name in names]
+  paths = tuple("/".join(name) for name in names)
+  if len(set(paths)) < len(paths):
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    raise ValueError(f"sedjax: two leaves have the same path {twice[0]!r}; rename one, since paths select the sketch.")
+  return paths
+
+
+def is_inexact(leaf: Any) -> bool:
+  """Whether a leaf holds floats or complex floats (integers, booleans, float0 and PRNG keys do not)."""
+  dtype = getattr(leaf, "dtype", None)
+  return jnp.issubdtype(dtype if dtype is not None else np.result_type(leaf), jnp.inexact)
+
+
+def layout_of(tree: Any, groups: Callable[[str], Hashable | None] | None) -> Layout:
+  """Finds paths and groups of a tree's leaves.
+
+  Raises:
+    ValueError: `groups` raises or returns something unhashable, two labels read the same, or two leaves share a path.
+  """
+  with_paths = jax.tree_util.tree_leaves_with_path(tree)
+  paths = normalised_paths([path for path, _ in with_paths])
+  leaves = tuple(leaf for _, leaf in with_paths)
+  if groups is None:
+    return Layout(paths, leaves, tuple(0 if is_inexact(leaf) else None for leaf in leaves), ("",))
+  labels: dict[Hashable, int] = {}
+  group: list[int | None] = []
+  for path, leaf in zip(paths, leaves, strict=True):
+    if not is_inexact(leaf):
+      group.append(None)
+      continue
+    try:
+      label = groups(path)
+    except Exception as error:
+      raise ValueError(f"track_spectral_edge: groups({path!r}) raised {error!r}; return a label or None.") from error
+    try:
+      group.append(None if label is None else labels.setdefault(label, len(labels)))
+    except TypeError as error:
+      raise ValueError(
+        f"track_spectral_edge: groups({path!r}) returned {label!r}, which is not hashable; return a string."
+      ) from error
+  encoded = {tuple(encode_label(label)) for label in labels}
+  if len(encoded) < len(labels):
+    raise ValueError(
+      f"track_spectral_edge: groups returned labels that agree in their first {4 * _LABEL_WORDS} bytes, got "
+      f"{sorted(map(str, labels))}; return shorter ones."
+    )
+  return Layout(paths, leaves, tuple(group), tuple(labels))
+
+
+def tree_id(layout: Layout) -> int:
+  """An int in [0, 2**31) that tells trees apart whose tracked leaves differ in path, shape or group."""
+  parts = [
+    (path, tuple(np.shape(leaf)), group)
+    for path, leaf, group in zip(layout.paths, layout.leaves, layout.group, strict=True)
+    if group is not None
+  ]
+  return zlib.crc32(repr(parts).encode()) & 0x7FFFFFFF
+
+
+def encode_label(label: Hashable) -> np.ndarray:
+  """int32[16]: the first 64 bytes of a label's text."""
+  text = (label if isinstance(label, str) else repr(label)).encode()
+  return np.frombuffer(text[: 4 * _LABEL_WORDS].ljust(4 * _LABEL_WORDS, b"\0"), "<i4").astype(np.int32)
+
+
+def decode_label(words: Any) -> str:
+  return np.asarray(words, "<i4").tobytes().rstrip(b"\0").decode(errors="replace")

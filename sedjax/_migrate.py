@@ -1,0 +1,173 @@
+"""Carrying an optimizer state over to an optimizer with other trackers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sedjax._transform import SpectralEdgeState
+from sedjax.core import TrackerState, window_sizes
+
+
+def _is_tracker(node: Any) -> bool:
+  return isinstance(node, SpectralEdgeState)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+  """The field names and dict keys on the way to a leaf: positions in a chain change, these do not."""
+  named = (getattr(key, "name", getattr(key, "key", None)) for key in path)
+  return tuple(name if isinstance(name, str) else repr(name) for name in named if name is not None)
+
+
+def migrate(old_state: Any, new_state: Any) -> Any:
+  """Carries an optimizer state over to an optimizer that differs in its trackers only.
+
+  One function attaches, detaches and resizes: everything but the trackers is taken from `old_state` as it is; a tracker
+  of the same name in both keeps its newest rows, with reports and phases for the window sizes that both have; a tracker
+  that is only in `new_state` starts empty, and says WINDOW_FILLING until it is full.
+
+  Args:
+    old_state: any optax state, for instance restored from a checkpoint.
+    new_state: `tx.init(params)` of the optimizer to go on with.
+
+  Returns:
+    A state of `new_state`'s structure, shapes and dtypes.
+
+  Raises:
+    ValueError: the optimizers differ in more than their trackers; or a tracker kept its name but changed its sketch,
+      tree, groups or source, so that old and new rows cannot share a window.
+
+  Cost: one copy of the trackers; the other arrays are not copied.
+
+  Example:
+    >>> import jax.numpy as jnp, optax, sedjax
+    >>> params = {"w": jnp.ones(3)}
+    >>> old = optax.adam(1e-3).init(params)
+    >>> tx = optax.chain(optax.adam(1e-3), sedjax.track_spectral_edge(window=3))
+    >>> state = sedjax.migrate(old, tx.init(params))
+    >>> int(sedjax.get_report(state).count)
+    0
+  """
+  available: dict[Any, list[Any]] = defaultdict(list)
+  trackers: dict[str, TrackerState] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(old_state, is_leaf=_is_tracker):
+    if isinstance(leaf, SpectralEdgeState):
+      trackers |= leaf.trackers
+    else:
+      available[_names(path)].append(leaf)
+
+  def take(path: tuple[Any, ...], leaf: Any) -> Any:
+    if isinstance(leaf, SpectralEdgeState):
+      carried = {
+        name: _carry(name, trackers[name], tracker) if name in trackers else tracker
+        for name, tracker in leaf.trackers.items()
+      }
+      return SpectralEdgeState(carried)
+    names = _names(path)
+    if not available[names]:
+      raise ValueError(
+        f"sedjax.migrate: the old state has no array for {'/'.join(names)!r}; both states must come from optimizers "
+        "that differ in their trackers only, restored with the old optimizer's own state as the target."
+      )
+    old = available[names].pop(0)
+    if np.shape(old) != np.shape(leaf) or old.dtype != leaf.dtype:
+      raise ValueError(
+        f"sedjax.migrate: {'/'.join(names)!r} is {old.dtype}{list(np.shape(old))} in the old state and "
+        f"{leaf.dtype}{list(np.shape(leaf))} in the new one; both must be for the same parameters."
+      )
+    return old
+
+  migrated = jax.tree_util.tree_map_with_path(take, new_state, is_leaf=_is_tracker)
+  left = ["/".join(names) for names, leaves in available.items() if leaves]
+  if left:
+    raise ValueError(
+      f"sedjax.migrate: the new state has no place for {left[0]!r}; both states must come from optimizers that differ "
+      "in their trackers only."
+    )
+  return migrated
+
+
+def _carry(name: str, old: TrackerState, new: TrackerState) -> TrackerState:
+  lead = old.cursor.ndim
+  same_map = old.labels.shape == new.labels.shape and np.array_equal(old.map_id, new.map_id)
+  same_rows = jax.tree.structure((old.rows, old.base)) == jax.tree.structure((new.rows, new.base))
+  if lead != new.cursor.ndim or not same_map or not np.array_equal(old.labels, new.labels) or not same_rows:
+    raise ValueError(
+      f"sedjax.migrate: tracker {name!r} changed its sketch, tree, groups or source, so its rows cannot be carried "
+      "over; give the new tracker another name to start it empty, or build it as the old one was."
+    )
+  carry = _carry_one
+  for _ in range(lead):
+    carry = jax.vmap(carry)
+  return carry(old, new)
+
+
+def _carry_one(old: TrackerState, new: TrackerState) -> TrackerState:
+  """The newest rows of `old` in the ring of `new`, oldest in slot 0; the row that is being summed comes next."""
+  old_slots, slots = old.facts.steps.shape[-1], new.facts.steps.shape[-1]
+  kept = jnp.minimum(old.filled, min(old_slots, slots) - 1)
+  index = jnp.arange(slots, dtype=jnp.int32)
+  present = index < kept
+  # Where each new slot's content stood in the old ring; the slot after the kept rows is the one being summed.
+  source = jnp.where(index <= kept, (old.cursor - kept + index) % old_slots, 0)
+
+  def along(x: jax.Array, axis: int, mask: jax.Array) -> jax.Array:
+    shape = [1] * x.ndim
+    shape[axis] = slots
+    return jnp.where(mask.reshape(shape), jnp.take(x, source, axis), 0).astype(x.dtype)
+
+  facts = old.facts
+  facts = facts._replace(
+    gram=along(along(facts.gram, -1, present), -2, present),
+    scale=along(facts.scale, -1, present),
+    dims=along(facts.dims, -1, present),
+    steps=along(facts.steps, 0, index <= kept),
+  )
+  by_size = dict(zip(window_sizes(old), range(len(old.windows)), strict=True))
+  windows, reports, histories = [], [], []
+  for i, size in enumerate(window_sizes(new)):
+    j = by_size.get(size)
+    if j is None:
+      windows.append(new.windows[i])
+      reports.append(new.reports[i])
+    else:
+      direction = along(old.windows[j].direction, -1, present)
+      windows.append(old.windows[j]._replace(direction=direction))
+      reports.append(old.reports[j])
+    if new.history:
+      histories.append(new.history[i] if j is None or not old.history else _carry_history(old, new, i, j))
+  return new._replace(
+    rows=jax.tree.map(lambda ring: along(ring, 0, index <= kept), old.rows),
+    base=old.base,
+    facts=facts,
+    cursor=kept,
+    pushed=old.pushed,
+    filled=kept,
+    elapsed=old.elapsed,
+    nonfinite=old.nonfinite,
+    zero=old.zero,
+    flags=old.flags,
+    windows=tuple(windows),
+    reports=tuple(reports),
+    history=tuple(histories),
+  )
+
+
+def _carry_history(old: TrackerState, new: TrackerState, i: int, j: int) -> Any:
+  """The newest of the old reports, each in the place that its number has in the new ring."""
+  old_ring, new_ring = old.history[j], new.history[i]
+  old_length, length = old_ring.count.shape[0], new_ring.count.shape[0]
+  place = jnp.arange(length, dtype=jnp.int32)
+  age = (old.pushed - 1 - place) % length  # how many reports ago the one in this place was made
+  number = old.pushed - 1 - age
+  known = (age < old_length) & (number >= 0)
+
+  def move(x: jax.Array, empty: jax.Array) -> jax.Array:
+    moved = jnp.take(x, number % old_length, 0)
+    return jnp.where(known.reshape((length,) + (1,) * (x.ndim - 1)), moved, empty)
+
+  return jax.tree.map(move, old_ring, new_ring)
