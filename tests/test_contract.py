@@ -1,0 +1,107 @@
+"""The contract table: every variant of the tracker × every property, and broken transformations that must fail it."""
+
+from typing import Any, NamedTuple
+
+import contract
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import sedjax
+
+_by_first = {"groups": lambda path: None if path == "gain" else path.split("/")[0]}
+VARIANTS = {
+  "count": {"sketch": sedjax.sketch.count(64)},
+  "count, groups, windows, history": {"window": (3, 4), "sketch": sedjax.sketch.count(64), "history": 2, **_by_first},
+  "count, every 3": {"sketch": sedjax.sketch.count(64), "every": 3, "momentum": 0.9},
+  "count, params": {"sketch": sedjax.sketch.count(64), "source": "params", "every": 2},
+  "gaussian, params, groups": {"sketch": sedjax.sketch.gaussian(32), "source": "params", **_by_first},
+  "gaussian": {"sketch": sedjax.sketch.gaussian(32)},
+  "exact": {"sketch": sedjax.sketch.exact()},
+  "exact, groups, every 2": {"sketch": sedjax.sketch.exact(), "every": 2, **_by_first},
+  "exact, params": {"sketch": sedjax.sketch.exact(), "source": "params", "every": 2},
+}
+
+
+# One transformation a variant, so that what is compiled for one property serves the others.
+TRANSFORMATIONS = {name: sedjax.track_spectral_edge(**{"window": 3, **options}) for name, options in VARIANTS.items()}
+
+
+@pytest.mark.parametrize("prop", contract.PROPERTIES, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("variant", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in VARIANTS])
+def test_contract(variant, prop):
+  prop(TRANSFORMATIONS[variant])
+
+
+class _ToyState(NamedTuple):
+  value: Any
+
+
+def _toy(init, update):
+  return optax.GradientTransformationExtraArgs(init, lambda u, s, p=None, **_: update(u, s, p))
+
+
+def _norm(tree):
+  return jnp.asarray(optax.global_norm(tree), jnp.float32)
+
+
+def _zero():
+  return jnp.zeros((), jnp.float32)
+
+
+# What is broken, and the properties that must notice.
+BROKEN = {
+  "its state changes structure after the first update": (
+    _toy(lambda _: _ToyState({}), lambda u, _s, _p: (u, _ToyState({"norm": _norm(u)}))),
+    ("state_keeps_its_signature", "loops", "wrappers"),
+  ),
+  "its updates come back as float32": (
+    _toy(
+      lambda _: _ToyState(_zero()),
+      lambda u, _s, _p: (jax.tree.map(lambda x: x.astype(jnp.float32), u), _ToyState(_norm(u))),
+    ),
+    ("updates_pass_untouched",),
+  ),
+  "its init concatenates the leaves": (
+    _toy(
+      lambda p: _ToyState(jnp.zeros_like(jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(p)]))),
+      lambda u, _s, _p: (u, _ToyState(jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(u)]))),
+    ),
+    ("empty_trees", "map_params"),
+  ),
+  "its counter is a Python int": (
+    _toy(lambda _: _ToyState(0), lambda u, s, _p: (u, _ToyState(s.value + 1))),
+    ("state_keeps_its_signature", "holds_no_callback_and_donates"),
+  ),
+  "its fields share a buffer": (
+    _toy(
+      lambda _: (lambda z: _ToyState((z, z)))(_zero()),
+      lambda u, _s, _p: (u, _ToyState((_norm(u), 2 * _norm(u)))),
+    ),
+    ("holds_no_callback_and_donates",),
+  ),
+  "it takes no extra arguments and reports through the host": (
+    optax.GradientTransformation(
+      lambda _: _ToyState(_zero()),
+      lambda u, s, _p=None: (jax.debug.callback(lambda _: None, _norm(u)), (u, s))[1],
+    ),
+    ("holds_no_callback_and_donates",),
+  ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_the_contract_catches(fault):
+  tx, noticing = BROKEN[fault]
+  for prop in contract.PROPERTIES:
+    if prop.__name__ in noticing:
+      with pytest.raises(Exception):  # noqa: B017, PT011 - each property fails in its own way
+        prop(tx)
+
+
+def test_the_contract_accepts_a_sound_transformation():
+  """So that the broken ones are not caught for a reason that has nothing to do with their fault."""
+  tx = _toy(lambda _: _ToyState(_zero()), lambda u, s, _p: (u, _ToyState(s.value + 1)))
+  for prop in contract.PROPERTIES:
+    prop(tx)

@@ -1,0 +1,146 @@
+"""Bad input: one sentence that names the argument, what was given, what is accepted and what to do."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import sedjax
+
+PARAMS = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
+track = sedjax.track_spectral_edge
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    ({"window": 2}, r"window must be an int >= 3 .* got 2"),
+    ({"window": 10.0}, r"window must be an int >= 3 .* got 10.0"),
+    ({"window": True}, r"window must be an int >= 3 .* got True"),
+    ({"window": "10"}, r"window must be an int >= 3 .* got '10'"),
+    ({"window": ()}, r"window must be an int >= 3 .* got \(\)"),
+    ({"window": (5, 5)}, r"tuple of different ints >= 3, got \(5, 5\)"),
+    ({"window": (5, 2)}, r"got \(5, 2\)"),
+    ({"every": 0}, r"every must be an int >= 1, got 0"),
+    ({"every": 1.5}, r"every must be an int >= 1, got 1.5"),
+    ({"k_max": 0}, r"k_max must be None or an int in 1…9 .* got 0"),
+    ({"k_max": 10}, r"k_max must be None or an int in 1…9 .* got 10"),
+    ({"k_max": 5, "window": (5, 10)}, r"k_max must be None or an int in 1…4 \(the smallest window less one\), got 5"),
+    ({"sketch": "count"}, r"sketch must be sedjax.sketch.count\(…\), gaussian\(…\) or exact\(\), got 'count'"),
+    ({"sketch": sedjax.sketch.count(19)}, r"dim must be at least twice the window, got dim=19 .* use dim >= 100"),
+    ({"groups": "layer"}, r"groups must be None or a function from a path string to a label, got 'layer'"),
+    ({"source": "gradients"}, r"source must be 'updates' or 'params', got 'gradients'"),
+    ({"momentum": 1.0}, r"momentum must be a float in \[0, 1\), the optimizer's β₁, got 1.0"),
+    ({"momentum": -0.1}, r"momentum must be a float in \[0, 1\).* got -0.1"),
+    ({"history": -1}, r"history must be an int >= 0, got -1"),
+    ({"name": ""}, r"name must be a non-empty string, got ''"),
+  ],
+)
+def test_construction(options, words):
+  with pytest.raises(ValueError, match=words):
+    track(**options)
+
+
+@pytest.mark.parametrize("option", ["window", "every", "momentum"])
+def test_inject_hyperparams(option):
+  value = {"window": 4, "every": 2, "momentum": 0.9}[option]
+  with pytest.raises(ValueError, match=rf"{option} must be .* Inside optax.inject_hyperparams, list it in static_args"):
+    jax.jit(optax.inject_hyperparams(track)(**{option: value}).init)(PARAMS)
+  static = optax.inject_hyperparams(track, static_args=("window", "every", "momentum", "history", "groups"))
+  state = jax.jit(static(**{option: value}).init)(PARAMS)
+  assert int(sedjax.get_report(state).count) == 0
+
+
+def _raise(path):
+  raise KeyError(path)
+
+
+@pytest.mark.parametrize(
+  ("groups", "words"),
+  [
+    (_raise, r"groups\('b'\) raised KeyError\('b'\); return a label or None"),
+    (lambda path: [path], r"groups\('b'\) returned \['b'\], which is not hashable; return a string"),
+    (lambda path: "x" * 64 + path, r"labels that agree in their first 64 bytes"),
+  ],
+)
+def test_group_functions(groups, words):
+  with pytest.raises(ValueError, match=words):
+    track(groups=groups).init(PARAMS)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_params_are_needed(jit):
+  tx = track(source="params")
+  update = jax.jit(tx.update) if jit else tx.update
+  with pytest.raises(ValueError, match=r"source='params' needs the parameters, got None; call tx.update"):
+    update(PARAMS, tx.init(PARAMS))
+
+
+OTHER_TREES = {
+  "another shape": {"w": jnp.ones((3, 5)), "b": jnp.ones(4)},
+  "another path": {"w": jnp.ones((3, 4)), "c": jnp.ones(4)},
+  "a leaf less": {"w": jnp.ones((3, 4))},
+  "a leaf more": {**PARAMS, "c": jnp.ones(2)},
+}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("sketch", [sedjax.sketch.count(64), sedjax.sketch.exact()], ids=["count", "exact"])
+@pytest.mark.parametrize("other", OTHER_TREES)
+def test_updates_of_another_tree(other, sketch, jit):
+  tx = track(3, sketch=sketch)
+  update = jax.jit(tx.update) if jit else tx.update
+  with pytest.raises(ValueError, match=r"updates differ in tree, shapes or groups .* call tx.init"):
+    update(OTHER_TREES[other], tx.init(PARAMS))
+
+
+def test_a_state_of_another_sketch_or_tree():
+  """A restored state, which this transformation's init never saw: refused where it can be read, else flagged."""
+  old = track(3, sketch=sedjax.sketch.count(64)).init(PARAMS)
+  reseeded = track(3, sketch=sedjax.sketch.count(64, seed=1))
+  with pytest.raises(
+    ValueError, match=r"made with sketch .* = \(0, 1, 0, 64\), this tracker's sketch is \(0, 1, 1, 64\)"
+  ):
+    reseeded.update(PARAMS, old)
+  _, state = jax.jit(reseeded.update)(PARAMS, old)
+  assert int(sedjax.get_report(state).status) & sedjax.Status.MAP_CHANGED
+  renamed = {"v": PARAMS["w"], "b": PARAMS["b"]}
+  same = track(3, sketch=sedjax.sketch.count(64))
+  with pytest.raises(ValueError, match="differ in tree, shapes or groups"):
+    same.update(renamed, old)
+  _, state = jax.jit(same.update)(renamed, old)
+  assert int(sedjax.get_report(state).status) & sedjax.Status.MAP_CHANGED
+  assert "another sketch" in sedjax.explain(sedjax.get_report(state).status)
+
+
+@pytest.mark.parametrize("find", [sedjax.get_report, sedjax.get_reports, sedjax.get_history])
+def test_finding_reports(find):
+  with pytest.raises(ValueError, match=r"no tracker in this .* add sedjax.track_spectral_edge"):
+    find(optax.adam(1e-3).init(PARAMS))
+  twins = optax.chain(track(name="twin"), track(name="twin")).init(PARAMS)
+  with pytest.raises(ValueError, match="two trackers have one name"):
+    find(twins)
+  state = track(history=1).init(PARAMS)
+  with pytest.raises(ValueError, match=r"no tracker named 'x'; names: \['spectral_edge'\]"):
+    find(state, name="x")
+
+
+@pytest.mark.parametrize("find", [sedjax.get_report, sedjax.get_history])
+def test_unknown_group_or_window(find):
+  state = track((5, 10), history=1, groups=lambda path: path).init(PARAMS)
+  with pytest.raises(ValueError, match=r"no window 7; the tracker's windows are \(5, 10\)"):
+    find(state, window=7)
+  with pytest.raises(ValueError, match="no group 'x'; groups: 'b', 'w'"):
+    find(state, group="x")
+  with pytest.raises(ValueError, match="no group 'x'; groups: none, since the tracker has no `groups`"):
+    find(track(history=1).init(PARAMS), group="x")
+
+
+def test_no_history():
+  with pytest.raises(ValueError, match="keeps no history; pass history="):
+    sedjax.get_history(track().init(PARAMS))
+
+
+def test_two_leaves_of_one_path():
+  with pytest.raises(ValueError, match="two leaves have the same path 'a/b'; rename one"):
+    track().init({"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)})

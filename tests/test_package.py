@@ -1,0 +1,71 @@
+"""What the package promises as a whole: its names, its imports, its documentation."""
+
+import doctest
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import sedjax
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODULES = ("sedjax", "sedjax.core", "sedjax.sketch", "sedjax._transform", "sedjax._migrate", "sedjax._types")
+
+
+def test_public_names():
+  """Every addition shows here."""
+  assert sedjax.__all__ == [
+    "Phase",
+    "Report",
+    "SpectralEdgeState",
+    "Status",
+    "core",
+    "explain",
+    "get_history",
+    "get_report",
+    "get_reports",
+    "migrate",
+    "sketch",
+    "track_spectral_edge",
+  ]
+  for name in sedjax.__all__:
+    assert getattr(sedjax, name).__doc__
+
+
+def test_import_brings_in_no_extra():
+  extras = ("matplotlib", "xarray", "flax", "orbax", "rich", "h5netcdf", "scipy")
+  code = f"import sys, sedjax; sys.exit([m for m in {extras} if m in sys.modules and m not in before])"
+  code = "import sys, jax, optax, numpy; before = set(sys.modules); " + code
+  subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstring_examples_run(module):
+  result = doctest.testmod(importlib.import_module(module))
+  assert result.failed == 0
+
+
+def test_readme_python_runs():
+  """The code blocks of the README, one after the other in one namespace."""
+  blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+  assert blocks
+  namespace = {}
+  for block in blocks:
+    exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_report_shapes_are_as_documented():
+  tx = sedjax.track_spectral_edge(5)
+  report = jax.eval_shape(lambda p: sedjax.get_report(tx.init(p)), {"w": jax.ShapeDtypeStruct((3,), "float32")})
+  sizes = {"": (), "W": (5,), "W - 1": (4,)}
+  documented = re.findall(
+    r"^    (\w+): (float32|int32|bool)(?:\[(.*?)\])?(?: in \[0, 1\])?,", sedjax.Report.__doc__, re.M
+  )
+  assert [name for name, _, _ in documented] == list(sedjax.Report._fields)
+  for name, dtype, size in documented:
+    field = getattr(report, name)
+    assert (str(field.dtype), field.shape) == (dtype, sizes[size]), name

@@ -1,0 +1,111 @@
+"""The phase on noise, where there is none, and on planted phases, where each has its place."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sedjax
+from sedjax import Phase, core
+
+SKETCHES = {"exact": sedjax.sketch.exact(), "count": sedjax.sketch.count(16384)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def noise_phases(config, length, size, beta, seed):
+  """Phases along AR(1) noise with parameter beta, stationary, made row by row."""
+
+  def step(carry, key):
+    state, noise = carry
+    noise = beta * noise + np.sqrt(1 - beta**2) * jax.random.normal(key, noise.shape)
+    state = core.observe(config, state, {"w": noise})
+    return (state, noise), core.report(state).phase
+
+  keys = jax.random.split(jax.random.key(seed), length + 1)
+  start = jax.random.normal(keys[0], (size // 50, 50))
+  return jax.lax.scan(step, (core.init(config, {"w": start}), start), keys[1:])[1]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+@pytest.mark.parametrize("window", [5, 10, 20])
+@pytest.mark.parametrize("sketch", SKETCHES)
+def test_noise_has_no_edge(sketch, window, beta):
+  config = core.Config(window, sketch=SKETCHES[sketch], momentum=beta)
+  length = 2000
+  phases = np.asarray(noise_phases(config, length, 2000 if sketch == "exact" else 20000, beta, 0))
+  assert np.all(phases[: window - 1] == Phase.WARMUP)
+  settled = phases[window - 1 :]
+  assert np.mean(settled == Phase.NO_EDGE) >= 0.95
+  assert np.sum(np.diff(settled) != 0) <= length // 1000
+
+
+def test_momentum_that_is_not_told_is_taken_for_an_edge():
+  """So that the null is seen to do something."""
+  config = core.Config(10, sketch=SKETCHES["count"], momentum=0.0)
+  phases = np.asarray(noise_phases(config, 300, 20000, 0.9, 0))
+  assert np.mean(phases == Phase.NO_EDGE) < 0.1
+
+
+def test_momentum_of_summed_steps():
+  """The null of rows of `every` steps: AR(1) noise summed over 5 steps stays without an edge."""
+  config = core.Config(10, every=5, sketch=SKETCHES["count"], momentum=0.9)
+  phases = np.asarray(noise_phases(config, 2500, 20000, 0.9, 1))
+  assert np.mean(phases[50:] == Phase.NO_EDGE) >= 0.95
+  unaware = core.Config(10, every=5, sketch=SKETCHES["count"])
+  assert np.mean(np.asarray(noise_phases(unaware, 500, 20000, 0.9, 1))[50:] == Phase.NO_EDGE) < 0.1
+
+
+def plant(strengths, size, seed=0):
+  """Rows of unit noise and, with a strength that changes from row to row, one fixed direction."""
+  rng = np.random.default_rng(seed)
+  direction = rng.normal(size=size)
+  noise = rng.normal(size=(len(strengths), size)) / np.sqrt(size)
+  return noise + np.asarray(strengths)[:, None] * direction / np.linalg.norm(direction)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def phases_of(config, rows):
+  state = core.init(config, {"w": rows[0]})
+
+  def step(state, row):
+    state = core.observe(config, state, {"w": row})
+    return state, core.report(state).phase
+
+  return jax.lax.scan(step, state, rows)[1]
+
+
+# Rows of rise, plateau and collapse in multiples of the window, and the planted strength against noise of norm 1.
+SHAPES = [(0, 4, 0, 1.5), (1, 4, 1, 1.5), (2, 4, 2, 1.5), (5, 5, 1, 1.5), (3, 6, 1, 3.0), (10, 10, 2, 2.0)]
+
+
+@pytest.mark.parametrize("window", [10, 20])
+@pytest.mark.parametrize("sketch", SKETCHES)
+def test_planted_phases(sketch, window):
+  """Each phase is entered within a window of where it was planted, in this order and no other."""
+  config = core.Config(window, sketch=SKETCHES[sketch])
+  for seed, (rise, plateau, collapse, strength) in enumerate(SHAPES):
+    starts = window * np.cumsum([4, rise, plateau, collapse, 3])
+    times = np.arange(window * 40)
+    rises = np.clip((times - starts[0] + 1) / max(1, starts[1] - starts[0]), 0, 1)
+    falls = np.clip((times - starts[2] + 1) / max(1, starts[3] - starts[2]), 0, 1)
+    rows = plant(strength * np.minimum(rises, 1 - falls), 4000 if sketch == "exact" else 20000, seed)
+    rows = jnp.asarray(rows, jnp.float32).reshape(len(rows), -1, 50)
+    phases = np.asarray(phases_of(config, rows))
+    changes = np.flatnonzero(np.diff(phases)) + 1
+    expected = [Phase.NO_EDGE, Phase.RISE, Phase.PLATEAU, Phase.COLLAPSE, Phase.NO_EDGE]
+    assert phases[changes].tolist() == expected
+    assert changes[0] == window - 1
+    for change, start in zip(changes[1:4], starts[:3], strict=True):
+      assert abs(change - start) <= window
+    assert changes[4] <= starts[3] + 2 * window
+
+
+def test_a_second_rise_follows_a_collapse():
+  strengths = np.concatenate([np.zeros(40), np.full(60, 2.0), np.full(60, 0.9), np.full(60, 3.0)])
+  config = core.Config(10, sketch=SKETCHES["count"])
+  rows = jnp.asarray(plant(strengths, 20000), jnp.float32).reshape(len(strengths), -1, 50)
+  phases = np.asarray(phases_of(config, rows))
+  order = phases[np.flatnonzero(np.diff(phases)) + 1].tolist()
+  assert order == [Phase.NO_EDGE, Phase.RISE, Phase.PLATEAU, Phase.COLLAPSE, Phase.RISE, Phase.PLATEAU]

@@ -1,0 +1,313 @@
+"""What becomes a row, and what the reports then say: against rows that NumPy sums by the stated rules."""
+
+import functools
+
+import contract
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+
+import sedjax
+from sedjax import Phase, Status
+
+SHAPE = (11, 7)
+EXACT, COUNT = sedjax.sketch.exact(), sedjax.sketch.count(512)
+
+
+def updates_with(accidents, count=24, seed=0):
+  """float32[count, *SHAPE] of random updates, some replaced by zeros, NaN or Inf."""
+  updates = np.random.default_rng(seed).normal(size=(count, *SHAPE)).astype(np.float32)
+  for step, value in accidents.items():
+    if value == 0:
+      updates[step] = 0
+    else:
+      updates[step, 3, 2] = value
+  return updates
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reports_of(tx, updates, params):
+  """Reports after each step, for trees with a leading axis of steps; parameters as given."""
+
+  def step(state, inputs):
+    _, state = tx.update(inputs[0], state, inputs[1])
+    return state, sedjax.get_report(state)
+
+  return jax.lax.scan(step, tx.init(jax.tree.map(lambda x: x[0], params)), (updates, params))
+
+
+def run(tx, updates, params=None):
+  tree = {"w": jnp.asarray(updates)}
+  state, reports = reports_of(tx, tree, tree if params is None else {"w": jnp.asarray(params)})
+  return state, jax.device_get(reports)
+
+
+def rows_by_the_rules(updates, every):
+  """[(step after which the row is there, row, steps in it)], for source="updates"."""
+  rows, total, used, elapsed = [], 0, 0, 0
+  for step, update in enumerate(updates.astype(np.float64)):
+    if np.all(update == 0):
+      continue
+    elapsed += 1
+    if np.all(np.isfinite(update)):
+      total, used = total + update, used + 1
+    if elapsed == every:
+      if used:
+        rows.append((step, total, used))
+      total, used, elapsed = 0, 0, 0
+  return rows
+
+
+ACCIDENTS = {
+  "none": {},
+  "NaN": {5: np.nan, 6: np.nan, 13: np.nan},
+  "Inf": {0: np.inf, 9: -np.inf},
+  "zeros": {0: 0, 1: 0, 7: 0, 8: 0, 16: 0},
+  "all": {2: np.nan, 3: 0, 4: np.inf, 5: np.nan, 10: 0, 23: 0},
+  "a whole row": {6: np.nan, 7: np.inf, 8: np.nan},
+}
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("accidents", ACCIDENTS)
+@pytest.mark.parametrize("sketch", [EXACT, COUNT], ids=["exact", "count"])
+def test_rows_of_updates(sketch, accidents, every):
+  updates = updates_with(ACCIDENTS[accidents])
+  window = 4
+  _, reports = run(_tracker(window, every, sketch), updates)
+  rows = rows_by_the_rules(updates, every)
+  if sketch is COUNT:  # the map of the rows that NumPy summed
+    map_row = jax.jit(lambda x: sketch.apply("w", x))
+    rows = [(step, np.asarray(map_row(jnp.asarray(row, jnp.float32))), used) for step, row, used in rows]
+  for step in range(len(updates)):
+    known = [row for row in rows if row[0] <= step]
+    assert reports.count[step] == len(known)
+    assert reports.skipped_nonfinite[step] == sum(not np.all(np.isfinite(u)) for u in updates[: step + 1]) or not known
+    if len(known) < window:
+      assert reports.k_star[step] == 0
+      assert reports.status[step] & Status.WINDOW_FILLING
+      continue
+    assert not reports.status[step] & Status.WINDOW_FILLING
+    truth = oracles.spectrum(np.stack([row.ravel() for _, row, _ in known[-window:]]))
+    np.testing.assert_allclose(reports.singular_values[step], truth["singular_values"], rtol=2e-4)
+    np.testing.assert_allclose(reports.last_update_norm[step], truth["last_update_norm"], rtol=1e-4)
+    assert reports.row_steps[step] == known[-1][2]
+    partial = any(used != every for _, _, used in known[-window:])
+    assert bool(reports.status[step] & Status.PARTIAL_ROW) == partial
+
+
+@functools.cache
+def _tracker(window, every, sketch, **options):
+  return sedjax.track_spectral_edge(window, every=every, sketch=sketch, **options)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("sketch", [EXACT, COUNT], ids=["exact", "count"])
+def test_rows_of_parameters(sketch, every):
+  """Row k is the move over n steps, seen one step later; a non-finite reading makes the next row longer."""
+  path = np.cumsum(updates_with({}, 26), 0)
+  path[8] = path[7]  # the optimizer did not move
+  for broken in (9, 10, 15, 20):
+    path[broken, 0, 0] = np.nan
+  _, reports = run(_tracker(3, every, sketch, source="params"), path, path)
+  rows, base, base_step = [], None, None
+  for step in range(0, 26):
+    if base is not None and (step - base_step) % every:
+      pass
+    elif base is None:
+      base, base_step = path[step].astype(np.float64), step
+    elif np.all(np.isfinite(path[step])) and np.any(path[step] != base):
+      rows.append((path[step] - base, step - base_step))
+      base, base_step = path[step].astype(np.float64), step
+    assert reports.count[step] == len(rows)
+    if len(rows) >= 3:
+      kept = [row for row, _ in rows[-3:]]
+      if sketch is COUNT:
+        kept = [np.asarray(sketch.apply("w", jnp.asarray(row, jnp.float32))) for row in kept]
+      sigma = oracles.spectrum(np.stack([row.ravel() for row in kept]))["singular_values"]
+      np.testing.assert_allclose(reports.singular_values[step], sigma, rtol=2e-4)
+      assert reports.row_steps[step] == rows[-1][1]
+
+
+@pytest.mark.parametrize("relative", [1e-2, 1e-4, 1e-6, 3e-8])
+def test_cancellation_is_small_or_told(relative):
+  """Differences of sketched float32 parameters: the row is right to 1 %, or the status says that it may not be."""
+  rng = np.random.default_rng(0)
+  start = rng.normal(size=(300, 40))
+  moves = rng.normal(size=(5, 300, 40)) * relative
+  path = np.concatenate([start[None], start + np.cumsum(moves, 0)]).astype(np.float32)
+  sketch = sedjax.sketch.count(1024)
+  _, reports = run(_tracker(3, 1, sketch, source="params"), path, path)
+  told = bool(reports.status[-1] & Status.CANCELLATION)
+  realised = np.diff(path.astype(np.float64), axis=0)[-3:]  # what float32 parameters really did
+  truth = np.stack([np.asarray(sketch.apply("w", jnp.asarray(row, jnp.float32))) for row in realised])
+  error = np.max(np.abs(reports.singular_values[-1] / oracles.spectrum(truth)["singular_values"] - 1))
+  assert error < 1e-2 or told
+  if relative >= 1e-4:
+    assert error < 1e-3
+    assert not told
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_multisteps(where):
+  """Accumulating 3 micro-steps gives the rows of the emitted updates, inside and outside."""
+  gradients = {"w": jnp.asarray(updates_with({}, 24))}
+  tracker = _tracker(3, 1, EXACT)
+  if where == "inside":
+    tx = optax.MultiSteps(optax.chain(optax.sgd(0.5), tracker), 3).gradient_transformation()
+  else:
+    tx = optax.chain(optax.MultiSteps(optax.sgd(0.5), 3).gradient_transformation(), tracker)
+  _, reports = reports_of(tx, gradients, gradients)
+  emitted = -0.5 * np.asarray(gradients["w"], np.float64).reshape(8, 3, -1).mean(1)
+  assert int(reports.count[-1]) == 8
+  np.testing.assert_allclose(reports.singular_values[-1], oracles.spectrum(emitted[-3:])["singular_values"], rtol=1e-5)
+  assert int(reports.skipped_zero[-1]) == (0 if where == "inside" else 16 - 1)  # the last report is from step 24
+  assert bool(reports.status[-1] & Status.ZERO_SKIPPED) == (where == "outside")
+
+
+def _label(path):
+  return {"gain": None, "conv": "convolution"}.get(path, path.split("/")[0])
+
+
+@pytest.mark.parametrize("sketch", [EXACT, COUNT], ids=["exact", "count"])
+def test_groups(sketch):
+  """A group's report is that of a tracker on its leaves alone; the whole model's does not depend on the groups."""
+  updates = contract.stacked(6)
+  tracked = {k: updates[k] for k in ("conv", "layer")}
+  with_groups = sedjax.track_spectral_edge(3, sketch=sketch, groups=_label)
+  state, whole = reports_of(with_groups, updates, updates)
+  assert_reports_near(whole, reports_of(_tracker(3, 1, sketch), tracked, tracked)[1], ignore=Status.UNTRACKED)
+  assert int(whole.status[-1]) & Status.UNTRACKED
+  for group, keys in (("convolution", ["conv"]), ("layer", ["layer"])):
+    alone = {k: updates[k] for k in keys}
+    report = sedjax.get_report(state, group=group)
+    expected = reports_of(_tracker(3, 1, sketch), alone, alone)[0]
+    assert_reports_near(report, sedjax.get_report(expected), ignore=Status.UNTRACKED)
+    inside = jax.jit(lambda s, group=group: sedjax.get_report(s, group=group))(state)
+    contract.assert_identical(inside, report)
+  void = jax.jit(lambda s: sedjax.get_report(s, group="nowhere"))(state)
+  assert np.isnan(void.gap_ratio)
+  assert int(void.status) == Status.UNKNOWN_GROUP
+  every = sedjax.get_reports(state)
+  assert every.singular_values.shape == (3, 1, 3)
+  np.testing.assert_array_equal(every.gap_ratio[0, 0], sedjax.get_report(state).gap_ratio)
+
+
+def assert_reports_near(a, b, ignore=0):
+  a, b = (x._replace(status=jnp.asarray(x.status) & ~int(ignore)) for x in (a, b))
+  contract.assert_near(a, b, 1e-4)
+
+
+def test_windows_share_one_buffer():
+  """Each of several windows reports what a tracker of that window alone does."""
+  updates = {"w": jnp.asarray(updates_with({}, 9))}
+  together, _ = reports_of(_tracker((3, 6, 4), 1, COUNT), updates, updates)
+  assert sedjax.get_reports(together).singular_values.shape == (1, 3, 6)
+  for window in (3, 4, 6):
+    alone, _ = reports_of(_tracker(window, 1, COUNT), updates, updates)
+    assert_reports_near(sedjax.get_report(together, window=window), sedjax.get_report(alone))
+  assert_reports_near(sedjax.get_report(together), sedjax.get_report(together, window=6))
+
+
+def test_history_is_the_last_reports():
+  updates = {"w": jnp.asarray(updates_with({}, 9))}
+  state, reports = reports_of(_tracker(3, 1, COUNT, history=4), updates, updates)
+  contract.assert_identical(sedjax.get_history(state), jax.tree.map(lambda x: x[-4:], reports))
+  early, _ = reports_of(_tracker(3, 1, COUNT, history=4), *[jax.tree.map(lambda x: x[:2], updates)] * 2)
+  assert sedjax.get_history(early).count.tolist() == [0, 0, 1, 2]
+
+
+def test_sed_step_skips_work_under_vmap():
+  """An unbatched step gives the same rows as the counter, and keeps the branch a branch."""
+  tx = _tracker(3, 4, COUNT)
+  updates = jnp.asarray(np.stack([updates_with({}, 16, seed) for seed in range(3)]))
+
+  def with_step(state, update, step):
+    return tx.update({"w": update}, state, sed_step=step)[1]
+
+  def without(state, update):
+    return tx.update({"w": update}, state)[1]
+
+  states = counted = jax.vmap(tx.init)({"w": updates[:, 0]})
+  stepped = jax.jit(jax.vmap(with_step, (0, 0, None)))
+  plain = jax.jit(jax.vmap(without))
+  for step in range(16):
+    states = stepped(states, updates[:, step], jnp.int32(step))
+    counted = plain(counted, updates[:, step])
+  assert sedjax.get_report(states).count.tolist() == [4, 4, 4]
+  contract.assert_near(states, counted, 1e-5)
+  assert " conditional(" in stepped.lower(states, updates[:, 0], jnp.int32(0)).compile().as_text()
+  assert " conditional(" not in plain.lower(states, updates[:, 0]).compile().as_text()
+
+
+def test_two_trackers():
+  first = sedjax.track_spectral_edge(3, sketch=COUNT, name="before")
+  second = sedjax.track_spectral_edge(4, sketch=COUNT, name="after")
+  tx = optax.chain(first, optax.scale(-0.5), second)
+  updates = {"w": jnp.asarray(updates_with({}, 1)[0])}
+  _, state = jax.jit(tx.update)(updates, tx.init(updates))
+  before, after = (sedjax.get_report(state, name=name) for name in ("before", "after"))
+  np.testing.assert_allclose(after.last_update_norm, before.last_update_norm / 2, rtol=1e-6)
+  with pytest.raises(ValueError, match=r"several trackers, named \['before', 'after'\]"):
+    sedjax.get_report(state)
+
+
+@pytest.mark.parametrize("options", [{}, {"source": "params"}, {"history": 50}, {"window": (5, 10, 32)}])
+@pytest.mark.parametrize("group_count", [1, 6])
+def test_state_size(options, group_count):
+  """At most (W + 3)·d·4 bytes a group, the history's reports, and 64 KiB."""
+  params = {f"g{i}": jnp.zeros((3, 5)) for i in range(group_count)}
+  groups = {} if group_count == 1 else {"groups": lambda path: path}
+  tx = sedjax.track_spectral_edge(**{"window": 10, **options, **groups})
+  state = jax.eval_shape(tx.init, params)
+  size = lambda tree: sum(np.prod(x.shape, dtype=int) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+  (tracker,) = state.trackers.values()
+  window = max(sedjax.core.window_sizes(tracker))
+  assert size(state) <= (window + 3) * 16384 * 4 * group_count + size(tracker.history) + 64 * 1024
+
+
+def test_the_noise_of_low_precision_updates_is_not_ours():
+  """bfloat16 and float16 updates give the report of the same numbers in float32."""
+  updates = updates_with({}, 6)
+  for dtype in (jnp.bfloat16, jnp.float16):
+    low = jnp.asarray(updates, dtype)
+    _, a = reports_of(_tracker(3, 1, COUNT), {"w": low}, {"w": low})
+    _, b = reports_of(_tracker(3, 1, COUNT), {"w": low.astype(jnp.float32)}, {"w": low})
+    contract.assert_near(a, b, 1e-6)
+
+
+def test_extreme_scales_do_not_overflow():
+  updates = updates_with({}, 8).astype(np.float64)
+  for sketch in (EXACT, COUNT):
+    plain = run(_tracker(4, 1, sketch), updates.astype(np.float32))[1]
+    for scale in (1e-25, 1e25):
+      scaled = run(_tracker(4, 1, sketch), (updates * scale).astype(np.float32))[1]
+      np.testing.assert_allclose(scaled.singular_values[-1] / scale, plain.singular_values[-1], rtol=1e-4)
+      np.testing.assert_allclose(scaled.ratios[-1], plain.ratios[-1], rtol=1e-4)
+      np.testing.assert_allclose(scaled.drift_speed[-1] / scale, plain.drift_speed[-1], rtol=1e-4)
+
+
+def test_explain_has_words_for_every_bit():
+  for bit in Status:
+    assert len(sedjax.explain(int(bit))) > 20
+  both = sedjax.explain(Status.WINDOW_FILLING | Status.PARTIAL_ROW)
+  assert both.splitlines() == [sedjax.explain(Status.WINDOW_FILLING), sedjax.explain(Status.PARTIAL_ROW)]
+  assert sedjax.explain(0) == "Nothing to note."
+  with pytest.raises(ValueError, match="expected one status, got an array of shape"):
+    sedjax.explain(np.zeros(3, np.int32))
+
+
+def test_hot_columns_are_flagged():
+  """Energy in one column meets few buckets: the effective dimension says so."""
+  rows = np.random.default_rng(0).normal(size=(5, 64, 512))
+  hot = np.zeros_like(rows)
+  hot[:, :, 3] = rows[:, :, 3]
+  sketch = sedjax.sketch.count(16384)
+  tx = sedjax.track_spectral_edge(3, sketch=sketch)
+  for updates, low in ((rows, False), (hot, True)):
+    _, reports = run(tx, updates.astype(np.float32))
+    assert bool(reports.status[-1] & Status.LOW_EFFECTIVE_DIM) == low
+    assert reports.phase[1] == Phase.WARMUP
