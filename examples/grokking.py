@@ -155,8 +155,14 @@ def train(settings: modular.Settings, lanes: list[tuple[int, float]], console: C
   with Live(progress, console=console) if console.is_terminal else contextlib.nullcontext() as live:
     done = False
     while not done:
-      state, newest = interval(state, np.int32(len(records) * settings.eval_every))
-      newest = jax.device_get(newest)  # the only transfer from the device
+      try:
+        state, newest = interval(state, np.int32(len(records) * settings.eval_every))
+        newest = jax.device_get(newest)  # the only transfer from the device
+      except KeyboardInterrupt:
+        if not records:
+          raise
+        console.print(f"Interrupted: the record ends at step {step}.")
+        break
       records.append(newest)
       step = len(records) * settings.eval_every
       tests = np.stack([record["test_accuracy"] for record in records], 1)

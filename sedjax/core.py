@@ -186,38 +186,31 @@ def _observe_updates(config: Config, layout: Layout, state: TrackerState, step: 
   current = jax.tree.map(lambda ring: ring[state.cursor], state.rows)
   start = jax.tree.map(lambda r: jnp.where(first, 0, r), current)
   total = jax.tree.map(lambda a, b: a + jnp.where(finite, b, 0), start, row)
-  steps = jnp.where(first, 0, state.facts.steps[state.cursor]) + (finite & ~zero)
-  # A zero step leaves an untouched slot untouched; otherwise it adds nothing and does not count.
-  rows = _write(state.rows, state.cursor, _choose(first & zero, current, total))
-  steps = jnp.where(first & zero, state.facts.steps[state.cursor], steps).astype(jnp.int32)
-  elapsed = state.elapsed + jnp.where(zero, 0, 1).astype(jnp.int32)
+  used = state.facts.steps[state.cursor]
+  # A zero step leaves the slot as it is; it adds nothing and does not count.
+  rows = _write(state.rows, state.cursor, _choose(zero, current, total))
+  used = jnp.where(zero, used, jnp.where(first, 0, used) + finite.astype(jnp.int32))
+  elapsed = state.elapsed + (~zero).astype(jnp.int32)
   state = state._replace(
     rows=rows,
-    facts=state.facts._replace(steps=state.facts.steps.at[state.cursor].set(steps)),
+    facts=state.facts._replace(steps=state.facts.steps.at[state.cursor].set(used)),
     elapsed=elapsed,
     nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
     zero=state.zero + zero.astype(jnp.int32),
   )
-  if step is None:
-    due = elapsed >= config.every
-    due = due & ~zero
-  else:
-    due = (jnp.asarray(step) + 1) % config.every == 0
-
-  def close(state: TrackerState) -> TrackerState:
-    steps = state.facts.steps[state.cursor]
-    has_row = (state.elapsed > 0) & (steps > 0)
-    pushed = _push(config, layout, state, steps)
-    # All steps of the row were left out: start the row afresh.
-    kept = state._replace(elapsed=jnp.zeros_like(state.elapsed))
-    # The rows are the same in both, and a select would copy them.
-    return _choose(has_row, pushed._replace(rows=()), kept._replace(rows=()))._replace(rows=state.rows)
-
+  due = (elapsed >= config.every) & ~zero if step is None else (jnp.asarray(step) + 1) % config.every == 0
+  complete = due & (elapsed > 0) & (used > 0)  # a row whose steps were all left out starts afresh
   if config.every == 1 and step is None:
-    closed = close(state)._replace(rows=())
-    return _choose(due, closed, state._replace(rows=()))._replace(rows=state.rows)
-  small = jax.lax.cond(due, lambda s: close(s)._replace(rows=()), lambda s: s._replace(rows=()), state)
-  return small._replace(rows=state.rows)
+    pushed = _choose(complete, _without_rows(_push(config, layout, state, used)), _without_rows(state))
+  else:
+    push = lambda s: _without_rows(_push(config, layout, s, used))  # noqa: E731
+    pushed = jax.lax.cond(due, lambda s: _choose(complete, push(s), _without_rows(s)), _without_rows, state)
+  return pushed._replace(rows=rows, elapsed=jnp.where(due, 0, elapsed))
+
+
+def _without_rows(state: TrackerState) -> TrackerState:
+  """For branches and selections, which would copy the rows."""
+  return state._replace(rows=())
 
 
 def _observe_params(config: Config, layout: Layout, state: TrackerState, step: Any) -> TrackerState:

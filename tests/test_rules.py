@@ -311,3 +311,16 @@ def test_hot_columns_are_flagged():
     _, reports = run(tx, updates.astype(np.float32))
     assert bool(reports.status[-1] & Status.LOW_EFFECTIVE_DIM) == low
     assert reports.phase[1] == Phase.WARMUP
+
+
+@pytest.mark.parametrize("sketch", [EXACT, COUNT], ids=["exact", "count"])
+def test_complex_and_integer_leaves(sketch):
+  """A complex leaf counts as its real and imaginary parts; integers, booleans and None count for nothing."""
+  rng = np.random.default_rng(0)
+  z = (rng.normal(size=(5, 6, 7)) + 1j * rng.normal(size=(5, 6, 7))).astype(np.complex64)
+  updates = {"z": jnp.asarray(z), "step": jnp.arange(5), "mask": jnp.ones((5, 3), bool), "none": None}
+  _, reports = reports_of(_tracker(5, 1, sketch), updates, updates)
+  truth = oracles.spectrum(np.concatenate([z.real, z.imag], 1).reshape(5, -1))
+  tolerance = 1e-5 if sketch is EXACT else 0.2  # five standard errors of a sketch of 512
+  np.testing.assert_allclose(reports.singular_values[-1], truth["singular_values"], rtol=tolerance)
+  assert int(reports.status[-1]) & Status.UNTRACKED

@@ -1,5 +1,7 @@
 """The sketches: unbiased, of the stated variance, and the same numbers everywhere."""
 
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,3 +58,35 @@ def test_inner_products_are_unbiased(make, shape):
 def test_bad_dimension(dim):
   with pytest.raises(ValueError, match="dim must be an int >= 1"):
     sedjax.sketch.count(dim)
+
+
+def integers(shape):
+  """Whole numbers, whose float32 sums are exact in any order."""
+  count = int(np.prod(shape, dtype=int))
+  return jnp.asarray((np.arange(count) * 7919 % 13 - 6).reshape(shape), jnp.float32)
+
+
+# (path, shape, dim, seed): CRC-32 of the row as int32. A change here breaks every stored record: raise the version.
+GOLDEN = {
+  ("gain", (), 64, 0): 137005846,
+  ("layer/bias", (5,), 64, 0): 488302957,
+  ("layer/bias", (5,), 64, 1): 3839971566,
+  ("conv/kernel", (3, 3, 5, 8), 1024, 0): 1671832382,
+  ("embed", (97, 128), 16384, 0): 2572435157,
+  ("head", (1, 97), 16384, 0): 2292596027,
+  ("column", (97, 1), 64, 0): 3512441778,
+  ("embed", (5025, 64), 1024, 0): 3106386469,
+  ("wide", (7, 50257), 16384, 0): 703340416,
+}
+
+
+@pytest.mark.parametrize(("case", "checksum"), GOLDEN.items(), ids=str)
+def test_golden_values_of_count(case, checksum):
+  path, shape, dim, seed = case
+  row = sedjax.sketch.count(dim, seed=seed).apply(path, integers(shape))
+  assert zlib.crc32(np.asarray(row).astype("<i4").tobytes()) == checksum
+
+
+def test_golden_values_of_gaussian():
+  row = sedjax.sketch.gaussian(5, seed=2).apply("a/b", integers((4, 3)))
+  np.testing.assert_allclose(row, [-7.246063, 5.108191, -0.7574011, 2.376313, 0.6011324], rtol=1e-5)
