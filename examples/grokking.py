@@ -161,7 +161,7 @@ def train(settings: modular.Settings, lanes: list[tuple[int, float]], console: C
       except KeyboardInterrupt:
         if not records:
           raise
-        console.print(f"Interrupted: the record ends at step {step}.")
+        console.print(f"Interrupted: the record ends with step {len(records) * settings.eval_every}.")
         break
       records.append(newest)
       step = len(records) * settings.eval_every
@@ -174,7 +174,7 @@ def train(settings: modular.Settings, lanes: list[tuple[int, float]], console: C
       elif len(records) % 5 == 0 or done:  # no terminal: a plain line now and then
         words = [f"{run}: {', '.join(newest_words(newest, i))}" for i, run in enumerate(runs)]
         console.print(f"step {step} | {' | '.join(words)}", soft_wrap=True, highlight=False)
-  seconds = time.perf_counter() - began
+  seconds, step = time.perf_counter() - began, len(records) * settings.eval_every
   console.print(f"Trained {len(runs)} runs for {step} steps in {seconds:.0f} s: {1e3 * seconds / step:.0f} ms a step.")
   device = jax.devices()[0]
   return to_dataset(records, settings, lanes).assign_attrs(

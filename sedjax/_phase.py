@@ -1,8 +1,8 @@
 """The training phase from a stream of gap ratios, without hindsight.
 
-NO_EDGE until the ratio leaves what noise shows; RISE while it keeps climbing; PLATEAU once its growth has slowed and
-while it stays above 0.85 of the running peak; COLLAPSE below that. A recovery from the collapse by the same factor
-is a new RISE with a new peak.
+NO_EDGE until the ratio leaves what noise shows; RISE while it keeps climbing; PLATEAU once its growth has slowed, by
+more than its own jitter explains, and while it stays above 0.85 of the running peak; COLLAPSE below that. A recovery
+from the collapse by the same factor is a new RISE with a new peak.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import numpy as np
 from sedjax._types import Phase
 
 _HOLD = np.float32(0.85)
+# A rise has settled once it grows, by so many standard errors, at less than this share of its mean growth. Both were
+# chosen on planted phases: a plateau is then seen within a window, and a slow, noisy rise stays one phase.
+_SLOWED, _Z = np.float32(0.75), np.float32(1.5)
 
 
 class PhaseState(NamedTuple):
@@ -26,6 +29,8 @@ class PhaseState(NamedTuple):
   anchor: jax.Array  # float32: ratio where the rise began; at a plateau its entry; in a collapse the trough
   slope: jax.Array  # float32, smoothed growth a row
   previous: jax.Array  # float32, the last ratio
+  growth: jax.Array  # float32, its growth over the row before
+  jitter: jax.Array  # float32, smoothed variance of the growth, from its changes
   age: jax.Array  # int32, rows since the phase began
 
 
@@ -33,7 +38,7 @@ def init_phase(groups: int) -> PhaseState:
   def zeros(dtype: Any = jnp.float32) -> jax.Array:
     return jnp.zeros((groups,), dtype)
 
-  return PhaseState(zeros(jnp.int32), zeros(), zeros(), zeros(), zeros(), zeros(jnp.int32))
+  return PhaseState(zeros(jnp.int32), *(zeros() for _ in range(6)), zeros(jnp.int32))
 
 
 def step_phase(
@@ -42,14 +47,19 @@ def step_phase(
   """One row later: `ratio` [G] against the thresholds for entering and leaving an edge; nothing until `full`."""
   settle = max(2, window // 3)
   age = state.age + 1
-  slope = state.slope + (ratio - state.previous - state.slope) * np.float32(2 / (settle + 1))
+  growth = jnp.where(state.previous > 0, ratio - state.previous, 0)
+  weight = np.float32(2 / (settle + 1))
+  slope = state.slope + weight * (growth - state.slope)
+  change = growth - state.growth
+  jitter = state.jitter + np.float32(2 / (window + 1)) * (change * change / 2 - state.jitter)
+  error = jnp.sqrt(jitter * weight / (2 - weight))
   peak = jnp.maximum(state.peak, ratio)
   was = state.phase
   outside = (was == Phase.WARMUP) | (was == Phase.NO_EDGE)
   rising, flat, falling = was == Phase.RISE, was == Phase.PLATEAU, was == Phase.COLLAPSE
   trough = jnp.minimum(state.anchor, ratio)
   mean_growth = jnp.maximum((ratio - state.anchor) / age, np.float32(0.02 / window) * ratio)
-  settled = (age >= settle) & (slope < np.float32(0.6) * mean_growth)
+  settled = (age >= settle) & (slope + _Z * error < _SLOWED * mean_growth)
 
   gone = ~outside & (ratio < leave)
   begins = (outside & (ratio > enter)) | (flat & (ratio * _HOLD > state.anchor)) | (falling & (ratio * _HOLD > trough))
@@ -66,6 +76,8 @@ def step_phase(
     anchor=jnp.where(changed, ratio, jnp.where(falling, trough, state.anchor)),
     slope=jnp.where(changed, 0, slope),
     previous=ratio,
+    growth=growth,
+    jitter=jitter,
     age=jnp.where(changed, 0, age),
   )
   return jax.tree.map(lambda a, b: jnp.where(full, a, b), new, state)

@@ -76,8 +76,8 @@ class Report(NamedTuple):
     phase: int32, a `Phase`.
     count: int32, rows pushed since the tracker began.
     row_steps: int32, optimizer steps in the newest row.
-    skipped_nonfinite: int32, steps left out since the tracker began.
-    skipped_zero: int32, steps of exactly zero update since the tracker began.
+    skipped_nonfinite: int32, steps left out since the tracker began, those after the newest row included.
+    skipped_zero: int32, steps of exactly zero update since the tracker began, likewise.
     status: int32, a `Status` bit field.
   """
 

@@ -111,6 +111,18 @@ def init(config: Config, params: Any) -> TrackerState:
   )
 
 
+def _with_counters(state: TrackerState, report: Report) -> Report:
+  """A report with what has been left out up to now, also where no row was pushed since."""
+  nonfinite, zero, flags = (x[..., None] for x in (state.nonfinite, state.zero, state.flags))
+  flags = flags | jnp.where(nonfinite > 0, int(Status.NONFINITE_SKIPPED), 0)
+  flags = flags | jnp.where(zero > 0, int(Status.ZERO_SKIPPED), 0)
+  return report._replace(
+    skipped_nonfinite=jnp.broadcast_to(nonfinite, report.count.shape),
+    skipped_zero=jnp.broadcast_to(zero, report.count.shape),
+    status=report.status | flags,
+  )
+
+
 def _push(config: Config, layout: Layout, state: TrackerState, steps: jax.Array, extra: Any = 0) -> TrackerState:
   """Takes the row under the cursor, of `steps` steps, into the window and reports (with `extra` status bits)."""
   slot = state.cursor
@@ -126,11 +138,6 @@ def _push(config: Config, layout: Layout, state: TrackerState, steps: jax.Array,
   count = jnp.minimum(state.pushed, _INT_MAX - 1) + 1
   filled = jnp.minimum(state.filled + 1, config.slots)
   order = (slot - jnp.arange(config.slots, dtype=jnp.int32)) % config.slots
-  flags = (
-    (state.flags | extra)
-    + jnp.where(state.nonfinite > 0, int(Status.NONFINITE_SKIPPED), 0)
-    + jnp.where(state.zero > 0, int(Status.ZERO_SKIPPED), 0)
-  )
   windows, reports = [], []
   for window, window_state in zip(config.windows, state.windows, strict=True):
     report, window_state = report_window(
@@ -145,17 +152,10 @@ def _push(config: Config, layout: Layout, state: TrackerState, steps: jax.Array,
       every=config.every,
       exact=config.exact,
     )
-    shape = report.count.shape
-    reports.append(
-      report._replace(
-        skipped_nonfinite=jnp.broadcast_to(state.nonfinite, shape),
-        skipped_zero=jnp.broadcast_to(state.zero, shape),
-        status=report.status | flags,
-      )
-    )
+    reports.append(report._replace(status=report.status | extra))
     windows.append(window_state)
   history = tuple(
-    jax.tree.map(lambda ring, new: ring.at[state.pushed % config.history].set(new), ring, report)
+    jax.tree.map(lambda ring, new: ring.at[state.pushed % config.history].set(new), ring, _with_counters(state, report))
     for ring, report in zip(state.history, reports, strict=bool(state.history))
   )
   return state._replace(
@@ -330,7 +330,7 @@ def report(state: TrackerState, *, group: Hashable | None = None, window: int | 
   sizes = window_sizes(state)
   if window is not None and window not in sizes:
     raise ValueError(f"sedjax: there is no window {window!r}; the tracker's windows are {sizes}.")
-  return _pick(state, state.reports[-1 if window is None else sizes.index(window)], group)
+  return _pick(state, _with_counters(state, state.reports[-1 if window is None else sizes.index(window)]), group)
 
 
 def _pick(state: TrackerState, found: Report, group: Hashable | None) -> Report:
@@ -363,7 +363,8 @@ def reports(state: TrackerState) -> Report:
     length = largest - (name == "ratios")
     return jnp.stack([jnp.pad(f, [(0, 0)] * (f.ndim - 1) + [(0, length - f.shape[-1])]) for f in fields], -2)
 
-  return Report(*(stack(n, f) for n, f in zip(Report._fields, zip(*state.reports, strict=True), strict=True)))
+  found = (_with_counters(state, report) for report in state.reports)
+  return Report(*(stack(n, f) for n, f in zip(Report._fields, zip(*found, strict=True), strict=True)))
 
 
 def history(state: TrackerState, *, group: Hashable | None = None, window: int | None = None) -> Report:

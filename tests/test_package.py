@@ -38,8 +38,13 @@ def test_public_names():
 
 def test_import_brings_in_no_extra():
   extras = ("matplotlib", "xarray", "flax", "orbax", "rich", "h5netcdf", "scipy")
-  code = f"import sys, sedjax; sys.exit([m for m in {extras} if m in sys.modules and m not in before])"
-  code = "import sys, jax, optax, numpy; before = set(sys.modules); " + code
+  code = f"""
+import sys, jax, optax, numpy
+before = set(sys.modules)
+import sedjax
+new = set(sys.modules) - before
+assert not new & set({extras}), new & set({extras})
+"""
   subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

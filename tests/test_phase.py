@@ -77,7 +77,7 @@ def phases_of(config, rows):
 
 
 # Rows of rise, plateau and collapse in multiples of the window, and the planted strength against noise of norm 1.
-SHAPES = [(0, 4, 0, 1.5), (1, 4, 1, 1.5), (2, 4, 2, 1.5), (5, 5, 1, 1.5), (3, 6, 1, 3.0), (10, 10, 2, 2.0)]
+SHAPES = [(0.2, 4, 0.2, 1.5), (1, 4, 1, 1.5), (2, 4, 2, 1.5), (5, 5, 1, 1.5), (3, 6, 1, 3.0), (10, 10, 2, 2.0)]
 
 
 @pytest.mark.parametrize("window", [10, 20])
@@ -86,7 +86,7 @@ def test_planted_phases(sketch, window):
   """Each phase is entered within a window of where it was planted, in this order and no other."""
   config = core.Config(window, sketch=SKETCHES[sketch])
   for seed, (rise, plateau, collapse, strength) in enumerate(SHAPES):
-    starts = window * np.cumsum([4, rise, plateau, collapse, 3])
+    starts = (window * np.cumsum([4, rise, plateau, collapse])).astype(int)
     times = np.arange(window * 40)
     rises = np.clip((times - starts[0] + 1) / max(1, starts[1] - starts[0]), 0, 1)
     falls = np.clip((times - starts[2] + 1) / max(1, starts[3] - starts[2]), 0, 1)
