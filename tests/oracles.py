@@ -2,6 +2,15 @@
 
 import numpy as np
 
+# Undoes the quick compilation of conftest.py.
+AS_USERS_COMPILE = {
+  "compiler_options": {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+  }
+}
+
 
 def rows_with_spectrum(sigma, parameters, seed=0):
   """float64[W, parameters] with the given singular values and random orthonormal factors."""

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 
 import sedjax
@@ -13,7 +14,7 @@ from sedjax import Phase, core
 SKETCHES = {"exact": sedjax.sketch.exact(), "count": sedjax.sketch.count(16384)}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), **oracles.AS_USERS_COMPILE)
 def noise_phases(config, length, size, beta, seed):
   """Phases along AR(1) noise with parameter beta, stationary, made row by row."""
 
@@ -65,7 +66,7 @@ def plant(strengths, size, seed=0):
   return noise + np.asarray(strengths)[:, None] * direction / np.linalg.norm(direction)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, **oracles.AS_USERS_COMPILE)
 def phases_of(config, rows):
   state = core.init(config, {"w": rows[0]})
 
