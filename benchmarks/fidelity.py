@@ -306,7 +306,7 @@ def show(lines: list[dict[str, Any]], targets: list[dict[str, Any]], console: Co
     )
 
 
-def provenance(argv: list[str], settings: modular.Settings, rows: Rows, grok: int | None) -> dict[str, Any]:
+def provenance(argv: list[str], settings: modular.Settings) -> dict[str, Any]:
   """What made the result."""
   device = jax.devices()[0]
   commit = subprocess.run(
@@ -320,9 +320,6 @@ def provenance(argv: list[str], settings: modular.Settings, rows: Rows, grok: in
     "commit": commit.stdout.strip() or None,
     "settings": {**dataclasses.asdict(settings), "seed": SEED, "window": WINDOW, "k_max": K_MAX},
     "runs_weight_decay": DECAYS,
-    "parameters": sum(leaf[0].size for leaf in rows.values()),
-    "rows": len(next(iter(rows.values()))),
-    "grok_step": grok,
   }
 
 
@@ -333,6 +330,7 @@ def main(argv: list[str]) -> None:
   args = parser.parse_args(argv)
   args.out.mkdir(parents=True, exist_ok=True)
   settings, maps = (SMOKE, SMOKE_MAPS) if args.smoke else (SETTINGS, MAPS)
+  origin = provenance(argv, settings)
   suffix = "-smoke" if args.smoke else ""
   console = Console(width=max(Console().width, 160))
   began = time.perf_counter()
@@ -360,8 +358,12 @@ def main(argv: list[str]) -> None:
   show(lines, targets, console)
   for check in checks:
     console.print(f"Shortcut against observing the trees: {check}", soft_wrap=True, highlight=False)
+  leaves = list(runs["grok"].values())
   result = {
-    "provenance": provenance(argv, settings, runs["grok"], groks["grok"]),
+    "provenance": origin,
+    "parameters": sum(leaf[0].size for leaf in leaves),
+    "rows": len(leaves[0]),
+    "grok_step": groks["grok"],
     "seconds": time.perf_counter() - began,
     "verdicts": targets,
     "shortcut_checks": checks,

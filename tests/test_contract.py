@@ -50,7 +50,7 @@ def _toy(init, update):
 
 
 def _norm(tree):
-  return jnp.asarray(optax.global_norm(tree), jnp.float32)
+  return jnp.asarray(optax.tree.norm(tree), jnp.float32)
 
 
 def _zero():
