@@ -7,7 +7,7 @@ from the collapse by the same factor is a new RISE with a new peak.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,8 @@ class PhaseState(NamedTuple):
 
 
 def init_phase(groups: int) -> PhaseState:
-  def zeros(dtype: Any = jnp.float32) -> jax.Array:
-    return jnp.zeros((groups,), dtype)
-
-  return PhaseState(zeros(jnp.int32), *(zeros() for _ in range(6)), zeros(jnp.int32))
+  dtypes = {"phase": jnp.int32, "age": jnp.int32}
+  return PhaseState(**{name: jnp.zeros((groups,), dtypes.get(name, jnp.float32)) for name in PhaseState._fields})
 
 
 def step_phase(
