@@ -1,8 +1,9 @@
 """The training phase from a stream of gap ratios, without hindsight.
 
 NO_EDGE until the ratio leaves what noise shows; RISE while it keeps climbing; PLATEAU once its growth has slowed, by
-more than its own jitter explains, and while it stays above 0.85 of the running peak; COLLAPSE below that. A recovery
-from the collapse by the same factor is a new RISE with a new peak.
+more than its own jitter explains, or no new peak has come for a window, and while it stays above 0.85 of the running
+peak; COLLAPSE below that. Growth beyond the plateau's peak, or a recovery from the collapse, by the same factor is a
+new RISE with a new peak.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class PhaseState(NamedTuple):
 
   phase: jax.Array  # int32
   peak: jax.Array  # float32, running peak since the rise began
-  anchor: jax.Array  # float32: ratio where the rise began; at a plateau its entry; in a collapse the trough
+  peak_age: jax.Array  # int32, rows since that peak
+  anchor: jax.Array  # float32: ratio where the rise began; on a plateau the peak at its entry; in a collapse the trough
   slope: jax.Array  # float32, smoothed growth a row
   previous: jax.Array  # float32, the last ratio
   growth: jax.Array  # float32, its growth over the row before
@@ -35,7 +37,7 @@ class PhaseState(NamedTuple):
 
 
 def init_phase(groups: int) -> PhaseState:
-  dtypes = {"phase": jnp.int32, "age": jnp.int32}
+  dtypes = {"phase": jnp.int32, "age": jnp.int32, "peak_age": jnp.int32}
   return PhaseState(**{name: jnp.zeros((groups,), dtypes.get(name, jnp.float32)) for name in PhaseState._fields})
 
 
@@ -51,13 +53,15 @@ def step_phase(
   change = growth - state.growth
   jitter = state.jitter + np.float32(2 / (window + 1)) * (change * change / 2 - state.jitter)
   error = jnp.sqrt(jitter * weight / (2 - weight))
+  peak_age = jnp.where(ratio >= state.peak, 0, state.peak_age + 1)
   peak = jnp.maximum(state.peak, ratio)
   was = state.phase
   outside = (was == Phase.WARMUP) | (was == Phase.NO_EDGE)
   rising, flat, falling = was == Phase.RISE, was == Phase.PLATEAU, was == Phase.COLLAPSE
   trough = jnp.minimum(state.anchor, ratio)
   mean_growth = jnp.maximum((ratio - state.anchor) / age, np.float32(0.02 / window) * ratio)
-  settled = (age >= settle) & (slope + _Z * error < _SLOWED * mean_growth)
+  slowed = slope + _Z * error < _SLOWED * mean_growth
+  settled = (age >= settle) & (slowed | (peak_age >= window))
 
   gone = ~outside & (ratio < leave)
   begins = (outside & (ratio > enter)) | (flat & (ratio * _HOLD > state.anchor)) | (falling & (ratio * _HOLD > trough))
@@ -71,7 +75,8 @@ def step_phase(
   new = PhaseState(
     phase=phase,
     peak=jnp.where(changed & (phase == Phase.RISE), ratio, peak),
-    anchor=jnp.where(changed, ratio, jnp.where(falling, trough, state.anchor)),
+    peak_age=jnp.where(changed, 0, peak_age),
+    anchor=jnp.where(changed, jnp.where(phase == Phase.PLATEAU, peak, ratio), jnp.where(falling, trough, state.anchor)),
     slope=jnp.where(changed, 0, slope),
     previous=ratio,
     growth=growth,
