@@ -51,7 +51,7 @@ def nnx_optimizer(sketch, kernel, bias):
 
   for x in X:
     step(model, optimizer, x)
-  return nnx.as_pure(optimizer.opt_state)
+  return optimizer.opt_state
 
 
 @pytest.mark.parametrize("sketch", [sedjax.sketch.count(64), sedjax.sketch.exact()], ids=["count", "exact"])
