@@ -40,8 +40,8 @@ class Config:
     object.__setattr__(self, "window", tuple(sorted(int(w) for w in windows)))
     for name, least in (("every", 1), ("history", 0)):
       value = getattr(self, name)
-      if not _is_int(value) or value < least:
-        raise ValueError(f"track_spectral_edge: {name} must be an int >= {least}, got {value!r}. {_STATIC}")
+      if not _is_int(value) or not least <= value < 2**31:
+        raise ValueError(f"track_spectral_edge: {name} must be an int >= {least} and < 2**31, got {value!r}. {_STATIC}")
     if self.k_max is not None and (not _is_int(self.k_max) or not 1 <= self.k_max <= min(self.windows) - 1):
       raise ValueError(
         f"track_spectral_edge: k_max must be None or an int in 1…{min(self.windows) - 1} (the smallest window less "

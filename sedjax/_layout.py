@@ -90,8 +90,8 @@ def layout_of(tree: Any, groups: Callable[[str], Hashable | None] | None) -> Lay
   encoded = {tuple(encode_label(label)) for label in labels}
   if len(encoded) < len(labels):
     raise ValueError(
-      f"track_spectral_edge: groups returned labels that agree in their first {4 * _LABEL_WORDS} bytes, got "
-      f"{sorted(map(str, labels))}; return shorter ones."
+      f"track_spectral_edge: groups returned labels whose text agrees (in its first {4 * _LABEL_WORDS} bytes), got "
+      f"{sorted(map(repr, labels))}; return labels that read differently."
     )
   return Layout(paths, leaves, tuple(group), tuple(labels))
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sedjax._transform import SpectralEdgeState
 from sedjax.core import TrackerState, window_sizes
@@ -28,7 +29,8 @@ def migrate(old_state: Any, new_state: Any) -> Any:
 
   One function attaches, detaches and resizes: everything but the trackers is taken from `old_state` as it is; a tracker
   of the same name in both keeps its newest rows, with reports and phases for the window sizes that both have; a tracker
-  that is only in `new_state` starts empty, and says WINDOW_FILLING until it is full.
+  that is only in `new_state` starts empty, and says WINDOW_FILLING until it is full. Where `every` changed, rows of
+  both lengths share the window for a while, and the status says PARTIAL_ROW.
 
   Args:
     old_state: any optax state, for instance restored from a checkpoint.
@@ -38,8 +40,8 @@ def migrate(old_state: Any, new_state: Any) -> Any:
     A state of `new_state`'s structure, shapes and dtypes.
 
   Raises:
-    ValueError: the optimizers differ in more than their trackers; or a tracker kept its name but changed its sketch,
-      tree, groups or source, so that old and new rows cannot share a window.
+    ValueError: the optimizers differ in more than their trackers; a tracker kept its name but changed its sketch,
+      tree, groups or source, so that old and new rows cannot share a window; or the states are traced.
 
   Cost: one copy of the trackers; the other arrays are not copied.
 
@@ -56,6 +58,9 @@ def migrate(old_state: Any, new_state: Any) -> Any:
   trackers: dict[str, TrackerState] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(old_state, is_leaf=_is_tracker):
     if isinstance(leaf, SpectralEdgeState):
+      twice = trackers.keys() & leaf.trackers.keys()
+      if twice:
+        raise ValueError(f"sedjax.migrate: two trackers of the old state have one name, {min(twice)!r}.")
       trackers |= leaf.trackers
     else:
       available[_names(path)].append(leaf)
@@ -74,6 +79,8 @@ def migrate(old_state: Any, new_state: Any) -> Any:
         "that differ in their trackers only, restored with the old optimizer's own state as the target."
       )
     old = available[names].pop(0)
+    if isinstance(old, int | float):  # some loaders restore scalars so
+      old = jnp.asarray(old, leaf.dtype)
     if np.shape(old) != np.shape(leaf) or old.dtype != leaf.dtype:
       raise ValueError(
         f"sedjax.migrate: {'/'.join(names)!r} is {old.dtype}{list(np.shape(old))} in the old state and "
@@ -92,6 +99,8 @@ def migrate(old_state: Any, new_state: Any) -> Any:
 
 
 def _carry(name: str, old: TrackerState, new: TrackerState) -> TrackerState:
+  if any(isinstance(state.map_id, Tracer) for state in (old, new)):
+    raise ValueError("sedjax.migrate: the states are traced, so they cannot be compared; call it outside jit and vmap.")
   lead = old.cursor.ndim
   same_map = old.labels.shape == new.labels.shape and np.array_equal(old.map_id, new.map_id)
   same_rows = jax.tree.structure((old.rows, old.base)) == jax.tree.structure((new.rows, new.base))
@@ -133,7 +142,8 @@ def _carry_one(old: TrackerState, new: TrackerState) -> TrackerState:
     j = by_size.get(size)
     if j is None:
       windows.append(new.windows[i])
-      reports.append(new.reports[i])
+      report = new.reports[i]
+      reports.append(report._replace(count=jnp.full_like(report.count, old.pushed)))
     else:
       direction = along(old.windows[j].direction, -1, present)
       windows.append(old.windows[j]._replace(direction=direction))

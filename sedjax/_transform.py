@@ -10,7 +10,6 @@ import optax
 
 from sedjax import core
 from sedjax._layout import layout_of, tree_id
-from sedjax._rows import TREE_CHANGED
 from sedjax._types import Report
 
 
@@ -92,7 +91,13 @@ def track_spectral_edge(
     del extra_args
     watched = params if source == "params" and params is not None else updates
     if seen and tree_id(layout_of(watched, groups)) not in seen:
-      raise ValueError(TREE_CHANGED)
+      raise ValueError(core.TREE_CHANGED)
+    if not isinstance(state, SpectralEdgeState) or name not in state.trackers:
+      found = f"a state of trackers {list(state.trackers)}" if isinstance(state, SpectralEdgeState) else type(state)
+      raise ValueError(
+        f"track_spectral_edge: update expects the state of tracker {name!r}, got {found}; pass what tx.init or "
+        "tx.update returned, or sedjax.migrate it to this optimizer."
+      )
     with jax.named_scope("sedjax"):
       tracker = core.observe(config, state.trackers[name], updates, params, sed_step)
     return updates, SpectralEdgeState({name: tracker})

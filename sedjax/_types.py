@@ -116,7 +116,7 @@ def explain(status: Any) -> str:
     One sentence a line for each bit set, or a line that says that there is nothing to note.
 
   Raises:
-    ValueError: the status has more than one element; index the seed first.
+    ValueError: the status has more than one element (index the seed first), or is no status.
 
   Example:
     >>> import sedjax
@@ -126,5 +126,7 @@ def explain(status: Any) -> str:
   values = np.asarray(status.status if isinstance(status, Report) else status)
   if values.size != 1:
     raise ValueError(f"sedjax.explain: expected one status, got an array of shape {values.shape}; index it first.")
+  if values.dtype.kind not in "iu" or not 0 <= values.item() < 2 * max(Status):
+    raise ValueError(f"sedjax.explain: expected a status, an int in 0…{2 * max(Status) - 1}, got {status!r}.")
   bits = Status(int(values.reshape(())))
   return "\n".join(words for bit, words in _WORDS.items() if bit & bits) or "Nothing to note."

@@ -6,6 +6,7 @@ thin caller of these three functions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -17,10 +18,18 @@ from jax.core import Tracer
 from sedjax._config import Config as Config
 from sedjax._layout import Layout, decode_label, encode_label, layout_of, tree_id
 from sedjax._phase import init_phase
-from sedjax._rows import TREE_CHANGED, empty_row, gram_column, largest, make_row, read_parameters
+from sedjax._rows import empty_row, gram_column, largest, make_row, read_parameters
 from sedjax._spectrum import Rows, WindowState, report_window
 from sedjax._types import VECTOR_FIELDS, Report, Status
 
+TREE_CHANGED = (
+  "track_spectral_edge: the updates differ in tree, shapes or groups from what init saw; call tx.init with the "
+  "parameters that these updates belong to."
+)
+_STATE_CHANGED = (
+  "track_spectral_edge: the state was made by a tracker of other arguments (window, sketch, groups, source, history) "
+  "or for other parameters; carry it over with sedjax.migrate(state, tx.init(params)), or go on with tx.init(params)."
+)
 _INT_MAX = np.iinfo(np.int32).max
 
 
@@ -267,28 +276,31 @@ def observe(config: Config, state: TrackerState, updates: Any, params: Any = Non
       "track_spectral_edge: source='params' needs the parameters, got None; call tx.update(updates, state, params)."
     )
   from_params = config.source == "params"
-  layout = layout_of(params if from_params else updates, config.groups)
-  state = _check_map(config, layout, state)
+  tree = params if from_params else updates
+  layout = layout_of(tree, config.groups)
+  state = _check_state(config, layout, tree, state)
   return (_observe_params if from_params else _observe_updates)(config, layout, state, step)
 
 
-def _check_map(config: Config, layout: Layout, state: TrackerState) -> TrackerState:
-  """Refuses a state whose rows another sketch or tree made; where the state is traced, flags it instead."""
+def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState) -> TrackerState:
+  """Refuses a state that another sketch, tree or configuration made; flags what cannot be known while tracing."""
   expected = _map_id(config, layout)
-  if state.labels.shape[-2] != 1 + (0 if config.groups is None else len(layout.labels)):
-    raise ValueError(TREE_CHANGED)
   if isinstance(state.map_id, Tracer):
     changed = jnp.any(state.map_id != expected)
-    return state._replace(flags=state.flags | jnp.where(changed, int(Status.MAP_CHANGED), 0))
-  found = np.asarray(state.map_id)
-  if found[4] != expected[4]:
-    raise ValueError(TREE_CHANGED)
-  if np.any(found != expected):
-    raise ValueError(
-      "track_spectral_edge: the state's rows were made with sketch (kind, version, seed, dim) = "
-      f"{tuple(map(int, found[:4]))}, this tracker's sketch is {tuple(map(int, expected[:4]))}; build the tracker with "
-      "the former sketch, or call tx.init for a new state."
-    )
+    state = state._replace(flags=state.flags | jnp.where(changed, int(Status.MAP_CHANGED), 0))
+  else:
+    found = np.asarray(state.map_id)
+    if found[4] != expected[4]:
+      raise ValueError(TREE_CHANGED)
+    if np.any(found != expected):
+      raise ValueError(
+        "track_spectral_edge: the state's rows were made with sketch (kind, version, seed, dim) = "
+        f"{tuple(map(int, found[:4]))}, this tracker's sketch is {tuple(map(int, expected[:4]))}; build the tracker "
+        "with the former sketch, or call tx.init for a new state."
+      )
+  shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(functools.partial(init, config), tree))]
+  if [jnp.shape(leaf) for leaf in jax.tree.leaves(state)] != shapes:
+    raise ValueError(_STATE_CHANGED)
   return state
 
 

@@ -71,10 +71,10 @@ class Count(_Sketch):
 
   def apply(self, path: str, leaf: jax.Array) -> jax.Array:
     """float32[dim]: the sketch of one real leaf of any shape and float dtype."""
+    if not leaf.size:
+      return jnp.zeros((self.dim,), jnp.float32)
     x = as_matrix(leaf)
     rows, columns = x.shape
-    if not x.size:
-      return jnp.zeros((self.dim,), jnp.float32)
     key = _path_key(path, self.seed)
     capacity = max(1, _WRAPS * self.dim // columns)
     # A leaf too small to fill the row with 32 rows a bucket uses fewer: collisions are what makes error.
@@ -121,10 +121,10 @@ class Gaussian(_Sketch):
 
   def apply(self, path: str, leaf: jax.Array) -> jax.Array:
     """float32[dim]: the sketch of one real leaf of any shape and float dtype."""
+    if not leaf.size:
+      return jnp.zeros((self.dim,), jnp.float32)
     x = as_matrix(leaf)
     rows, columns = x.shape
-    if not x.size:
-      return jnp.zeros((self.dim,), jnp.float32)
     key = _path_key(path, self.seed)
     chunk = max(1, min(self.dim, 2**20 // x.size))
     index_keys = _axis_keys(0, rows, ~key)[:, None] ^ _axis_keys(0, columns, key)[None, :]
@@ -150,11 +150,11 @@ _KINDS = (Count, Gaussian, Exact)
 
 
 def _validated(kind: type, name: str, dim: Any, seed: Any) -> Any:
-  if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+  if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or dim < 1:
     raise ValueError(f"sedjax.sketch.{name}: dim must be an int >= 1, got {dim!r}; try 16384.")
-  if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+  if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
     raise ValueError(f"sedjax.sketch.{name}: seed must be an int in [0, 2**31), got {seed!r}.")
-  return kind(dim, seed)
+  return kind(int(dim), int(seed))
 
 
 def count(dim: int = 16384, *, seed: int = 0) -> Count:

@@ -21,8 +21,9 @@ track = sedjax.track_spectral_edge
     ({"window": ()}, r"window must be an int >= 3 .* got \(\)"),
     ({"window": (5, 5)}, r"tuple of different ints >= 3, got \(5, 5\)"),
     ({"window": (5, 2)}, r"got \(5, 2\)"),
-    ({"every": 0}, r"every must be an int >= 1, got 0"),
-    ({"every": 1.5}, r"every must be an int >= 1, got 1.5"),
+    ({"every": 0}, r"every must be an int >= 1 .* got 0"),
+    ({"every": 2**31}, r"every must be an int >= 1 and < 2\*\*31, got 2147483648"),
+    ({"every": 1.5}, r"every must be an int >= 1 .* got 1.5"),
     ({"k_max": 0}, r"k_max must be None or an int in 1…9 .* got 0"),
     ({"k_max": 10}, r"k_max must be None or an int in 1…9 .* got 10"),
     ({"k_max": 5, "window": (5, 10)}, r"k_max must be None or an int in 1…4 \(the smallest window less one\), got 5"),
@@ -32,7 +33,7 @@ track = sedjax.track_spectral_edge
     ({"source": "gradients"}, r"source must be 'updates' or 'params', got 'gradients'"),
     ({"momentum": 1.0}, r"momentum must be a float in \[0, 1\), the optimizer's β₁, got 1.0"),
     ({"momentum": -0.1}, r"momentum must be a float in \[0, 1\).* got -0.1"),
-    ({"history": -1}, r"history must be an int >= 0, got -1"),
+    ({"history": -1}, r"history must be an int >= 0 .* got -1"),
     ({"name": ""}, r"name must be a non-empty string, got ''"),
   ],
 )
@@ -62,7 +63,8 @@ def _raise(path):
   [
     (_raise, r"groups\('b'\) raised KeyError\('b'\); return a label or None"),
     (lambda path: [path], r"groups\('b'\) returned \['b'\], which is not hashable; return a string"),
-    (lambda path: "x" * 64 + path, r"labels that agree in their first 64 bytes"),
+    (lambda path: "x" * 64 + path, r"labels whose text agrees \(in its first 64 bytes\)"),
+    (lambda path: 0 if path == "b" else "0", r"labels whose text agrees .* got \[\"'0'\", '0'\]"),
   ],
 )
 def test_group_functions(groups, words):
@@ -146,3 +148,40 @@ def test_no_history():
 def test_two_leaves_of_one_path():
   with pytest.raises(ValueError, match="two leaves have the same path 'a/b'; rename one"):
     track().init({"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)})
+
+
+MADE = {"window": 3, "sketch": sedjax.sketch.count(64)}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+  "changed",
+  [{"window": 5}, {"history": 2}, {"source": "params"}, {"groups": lambda path: path}, {"window": (3, 4)}],
+  ids=lambda changed: next(iter(changed)),
+)
+def test_a_state_of_other_arguments(changed, jit):
+  """In both directions: the state knows more than the tracker, or less."""
+  old, new = track(**MADE), track(**{**MADE, **changed})
+  for tx, state in ((new, old.init(PARAMS)), (old, new.init(PARAMS))):
+    tx.init(PARAMS)
+    update = jax.jit(tx.update) if jit else tx.update
+    words = "differ in tree, shapes or groups" if "groups" in changed and not jit else "made by a tracker of other arg"
+    with pytest.raises(ValueError, match=words):
+      update(PARAMS, state, PARAMS)
+
+
+def test_a_state_that_is_not_the_trackers():
+  tx = track(**MADE)
+  expected = "expects the state of tracker 'spectral_edge'"
+  with pytest.raises(ValueError, match=f"{expected}, got <class"):
+    tx.update(PARAMS, optax.adam(1e-3).init(PARAMS))
+  with pytest.raises(
+    ValueError, match=r"expects the state of tracker 'spectral_edge', got a state of trackers \['x'\]"
+  ):
+    tx.update(PARAMS, track(**MADE, name="x").init(PARAMS))
+
+
+@pytest.mark.parametrize("status", [-1, 5000, 2.7])
+def test_explain_refuses_what_is_no_status(status):
+  with pytest.raises(ValueError, match=r"expected a status, an int in 0…1023, got"):
+    sedjax.explain(status)

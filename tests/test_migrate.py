@@ -145,3 +145,8 @@ def test_what_cannot_be_carried():
   wider = {**params, "gain": jnp.ones(3)}
   with pytest.raises(ValueError, match=r"'mu/gain' is float32\[\] in the old state and float32\[3\] in the new one"):
     sedjax.migrate(state, tx.init(wider))
+  twins = optax.chain(sedjax.track_spectral_edge(3, sketch=COUNT), sedjax.track_spectral_edge(3, sketch=COUNT))
+  with pytest.raises(ValueError, match="two trackers of the old state have one name, 'spectral_edge'"):
+    sedjax.migrate(twins.init(params), state[-1:])
+  with pytest.raises(ValueError, match="the states are traced"):
+    jax.jit(sedjax.migrate)(state, state)

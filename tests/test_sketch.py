@@ -90,3 +90,9 @@ def test_golden_values_of_count(case, checksum):
 def test_golden_values_of_gaussian():
   row = sedjax.sketch.gaussian(5, seed=2).apply("a/b", integers((4, 3)))
   np.testing.assert_allclose(row, [-7.246063, 5.108191, -0.7574011, 2.376313, 0.6011324], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3), (3, 0, 2)])
+@pytest.mark.parametrize("make", [sedjax.sketch.count, sedjax.sketch.gaussian])
+def test_an_empty_leaf_counts_for_nothing(make, shape):
+  assert not np.any(make(64).apply("w", jnp.zeros(shape)))
