@@ -18,11 +18,19 @@ from sedjax._config import Config
 from sedjax._layout import Layout
 
 
+def _replicated(leaf: Any) -> Any:
+  """Gathers a leaf that is sharded over *explicit* mesh axes, whose types forbid the reshapes of the sketches."""
+  sharding = jax.typeof(leaf).sharding
+  if all(axis is None for axis in sharding.spec):
+    return leaf
+  return jax.sharding.reshard(leaf, jax.NamedSharding(sharding.mesh, jax.P()))
+
+
 def _real(leaf: Any, group: int | None) -> jax.Array:
   """A tracked leaf as a real array of at least float32; an untracked one as one 0 (orbax saves no empty arrays)."""
   if group is None:
     return jnp.zeros((1,), jnp.float32)
-  leaf = sketch.as_real(leaf)
+  leaf = sketch.as_real(_replicated(leaf))
   return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 

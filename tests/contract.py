@@ -266,24 +266,38 @@ def survives_odd_leaves(tx):
   assert all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(later))
 
 
-def keeps_shardings(tx):
-  """On eight devices the state that comes out is laid out as the one that went in, and says the same."""
-  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+def _keeps_shardings(tx, axis_type):
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
   params = {"kernel": jnp.ones((16, 6)), "bias": jnp.ones((6,))}
   spec = {"kernel": jax.P("data"), "bias": jax.P()}
   place = lambda x: jax.tree.map(lambda a, s: jax.device_put(a, jax.NamedSharding(mesh, s)), x, spec)  # noqa: E731
   rng = np.random.default_rng(0)
   steps = [jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params) for _ in range(4)]
   update = jax.jit(tx.update)
-  sharded, single = tx.init(place(params)), tx.init(params)
-  layouts = []
+  single = tx.init(params)
+  with jax.set_mesh(mesh):
+    sharded = tx.init(place(params))
+  types, layouts = jax.tree.map(jax.typeof, sharded), []
   for step in steps:
     params = jax.tree.map(jnp.add, params, step)
-    _, sharded = update(place(step), sharded, place(params))
+    with jax.set_mesh(mesh):
+      out, sharded = update(place(step), sharded, place(params))
     _, single = update(step, single, params)
     layouts.append([(x.sharding, x.ndim) for x in jax.tree.leaves(sharded)])
+    assert jax.tree.map(jax.typeof, sharded) == types
+    assert jax.tree.map(jax.typeof, out) == jax.tree.map(jax.typeof, place(step))
   assert all(a.is_equivalent_to(b, ndim) for (a, ndim), (b, _) in zip(layouts[0], layouts[-1], strict=True))
   assert_near(jax.device_get(sharded), jax.device_get(single), 1e-4)
+
+
+def keeps_shardings(tx):
+  """On eight devices the state that comes out is laid out as the one that went in, and says the same."""
+  _keeps_shardings(tx, jax.sharding.AxisType.Auto)
+
+
+def keeps_explicit_shardings(tx):
+  """Likewise where shardings are part of the types, which update must not change."""
+  _keeps_shardings(tx, jax.sharding.AxisType.Explicit)
 
 
 PROPERTIES = (
@@ -303,4 +317,5 @@ PROPERTIES = (
   saves_and_resumes,
   survives_odd_leaves,
   keeps_shardings,
+  keeps_explicit_shardings,
 )
