@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_LABEL_WORDS = 16
+LABEL_WORDS = 16
 
 
 class Layout(NamedTuple):
@@ -90,7 +90,7 @@ def layout_of(tree: Any, groups: Callable[[str], Hashable | None] | None) -> Lay
   encoded = {tuple(encode_label(label)) for label in labels}
   if len(encoded) < len(labels):
     raise ValueError(
-      f"track_spectral_edge: groups returned labels whose text agrees (in its first {4 * _LABEL_WORDS} bytes), got "
+      f"track_spectral_edge: groups returned labels whose text agrees (in its first {4 * LABEL_WORDS} bytes), got "
       f"{sorted(map(repr, labels))}; return labels that read differently."
     )
   return Layout(paths, leaves, tuple(group), tuple(labels))
@@ -109,8 +109,9 @@ def tree_id(layout: Layout) -> int:
 def encode_label(label: Hashable) -> np.ndarray:
   """int32[16]: the first 64 bytes of a label's text."""
   text = (label if isinstance(label, str) else repr(label)).encode()
-  return np.frombuffer(text[: 4 * _LABEL_WORDS].ljust(4 * _LABEL_WORDS, b"\0"), "<i4").astype(np.int32)
+  return np.frombuffer(text[: 4 * LABEL_WORDS].ljust(4 * LABEL_WORDS, b"\0"), "<i4").astype(np.int32)
 
 
 def decode_label(words: Any) -> str:
+  """The text that `encode_label` stored, as far as it fits."""
   return np.asarray(words, "<i4").tobytes().rstrip(b"\0").decode(errors="replace")

@@ -37,6 +37,7 @@ class PhaseState(NamedTuple):
 
 
 def init_phase(groups: int) -> PhaseState:
+  """Before the first row: WARMUP everywhere."""
   dtypes = {"phase": jnp.int32, "age": jnp.int32, "peak_age": jnp.int32}
   return PhaseState(**{name: jnp.zeros((groups,), dtypes.get(name, jnp.float32)) for name in PhaseState._fields})
 

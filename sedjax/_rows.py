@@ -52,6 +52,7 @@ def make_row(config: Config, layout: Layout, rows: Any) -> Any:
 
 
 def empty_row(config: Config, layout: Layout, params: Any) -> Any:
+  """The shapes of a row of this tree, as `jax.ShapeDtypeStruct`."""
   if not config.exact:
     return jax.ShapeDtypeStruct((len(layout.labels), config.sketch.dim), jnp.float32)
   shapes = [

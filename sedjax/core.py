@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from sedjax._config import Config as Config
-from sedjax._layout import Layout, decode_label, encode_label, layout_of, tree_id
+from sedjax._layout import LABEL_WORDS, Layout, decode_label, encode_label, layout_of, tree_id
 from sedjax._phase import init_phase
 from sedjax._rows import empty_row, gram_column, largest, make_row, read_parameters
 from sedjax._spectrum import Rows, WindowState, report_window
@@ -115,8 +115,9 @@ def init(config: Config, params: Any) -> TrackerState:
     windows=tuple(WindowState(init_phase(groups), _zeros((groups, slots))) for _ in config.windows),
     reports=tuple(_empty_report(w, (groups,)) for w in config.windows),
     history=tuple(_empty_report(w, (config.history, groups)) for w in config.windows if config.history),
-    labels=jnp.asarray(np.stack([encode_label(label) for label in ("", *named)])),
-    map_id=jnp.asarray(_map_id(config, layout)),
+    # Added to zeros, which carry the current mesh in their types and share no memory with NumPy.
+    labels=_zeros((groups, LABEL_WORDS), jnp.int32) + np.stack([encode_label(label) for label in ("", *named)]),
+    map_id=_zeros((5,), jnp.int32) + _map_id(config, layout),
   )
 
 
