@@ -65,6 +65,25 @@ def precise_dot(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> tuple[jax.
   return add_pairs((high * np.float32(2.0**-bits), low), (jnp.zeros_like(low), jnp.zeros_like(low)))
 
 
+def psum_pairs(pairs: jax.Array, others: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+  """Sums double-floats [2, ...] over mesh axes, without loss, and `others` with them, in one float32 all-reduce."""
+  # Limbs of 12 bits: their sums over 4,096 devices are whole numbers below 2²⁴, exact in any order.
+  unit = power_of_two(jax.lax.pmax(jnp.max(jnp.abs(pairs[0])), axes)) * 2
+  unit = jnp.where(unit > 0, unit, 1)
+  high, low = pairs / unit
+  limbs = []
+  for i in range(1, 4):
+    limbs.append(jnp.round(high * np.float32(2.0 ** (12 * i))))
+    high = high - limbs[-1] * np.float32(2.0 ** (-12 * i))
+  parts = jnp.concatenate([jnp.stack([*limbs, high + low]).reshape(-1), others.reshape(-1)])
+  parts = jax.lax.psum(parts, axes)
+  *limbs, rest = parts[: 4 * high.size].reshape(4, *high.shape)
+  total = (rest, jnp.zeros_like(rest))
+  for i in (3, 2, 1):
+    total = add_pairs((limbs[i - 1] * np.float32(2.0 ** (-12 * i)), jnp.zeros_like(rest)), total)
+  return jnp.stack(total) * unit, parts[4 * high.size :].reshape(others.shape)
+
+
 def plain_dot(rows: jax.Array, row: jax.Array) -> jax.Array:
   """rows [n, G, d] times row [G, d] over d: float32[G, n]."""
   return jnp.einsum("ngd,gd->gn", rows, row, precision=_HIGHEST)

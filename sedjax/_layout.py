@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from sedjax import _placement
+from sedjax._placement import Spec
 
 LABEL_WORDS = 16
 
@@ -20,6 +23,15 @@ class Layout(NamedTuple):
   leaves: tuple[Any, ...]
   group: tuple[int | None, ...]  # by leaf: index of its label, or None where it is not tracked
   labels: tuple[Hashable, ...]  # a single "" where there are no groups
+  shapes: tuple[tuple[int, ...], ...]  # by leaf: its shape, or that of the leaf of which it is a block
+  specs: tuple[Spec, ...]  # by leaf: how it is split over mesh axes
+  mesh: Any  # the abstract mesh of explicit axes; None where leaves are not sharded, or blocks inside a shard_map
+
+  @property
+  def axes(self) -> tuple[str, ...]:
+    """The mesh axes over which any tracked leaf is split."""
+    tracked = (spec for spec, group in zip(self.specs, self.group, strict=True) if group is not None)
+    return tuple(dict.fromkeys(name for spec in tracked for names in spec for name in names))
 
 
 def _key_name(key: Any) -> str:
@@ -60,8 +72,15 @@ def is_inexact(leaf: Any) -> bool:
   return jnp.issubdtype(dtype if dtype is not None else np.result_type(leaf), jnp.inexact)
 
 
-def layout_of(tree: Any, groups: Callable[[str], Hashable | None] | None) -> Layout:
-  """Finds paths and groups of a tree's leaves.
+def layout_of(
+  tree: Any, groups: Callable[[str], Hashable | None] | None, specs: Mapping[str, Spec] | None = None
+) -> Layout:
+  """Finds paths, groups and shardings of a tree's leaves.
+
+  Args:
+    tree: any tree of arrays.
+    groups: from path to label, or None.
+    specs: inside a `jax.shard_map`, how the leaves are split, by path; those of other paths are not.
 
   Raises:
     ValueError: `groups` raises or returns something unhashable, two labels read the same, or two leaves share a path.
@@ -69,8 +88,16 @@ def layout_of(tree: Any, groups: Callable[[str], Hashable | None] | None) -> Lay
   with_paths = jax.tree_util.tree_leaves_with_path(tree)
   paths = normalised_paths([path for path, _ in with_paths])
   leaves = tuple(leaf for _, leaf in with_paths)
+  if specs is None:
+    placed = [_placement.explicit_spec(leaf) if is_inexact(leaf) else ((), None) for leaf in leaves]
+    splits, meshes = tuple(spec for spec, _ in placed), [mesh for _, mesh in placed if mesh is not None]
+    mesh, shapes = (meshes[0] if meshes else None), tuple(np.shape(leaf) for leaf in leaves)
+  else:
+    splits, mesh = tuple(specs.get(path, ()) for path in paths), None
+    shapes = tuple(_placement.whole_shape(np.shape(leaf), spec) for leaf, spec in zip(leaves, splits, strict=True))
+  where = (shapes, splits, mesh)
   if groups is None:
-    return Layout(paths, leaves, tuple(0 if is_inexact(leaf) else None for leaf in leaves), ("",))
+    return Layout(paths, leaves, tuple(0 if is_inexact(leaf) else None for leaf in leaves), ("",), *where)
   labels: dict[Hashable, int] = {}
   group: list[int | None] = []
   for path, leaf in zip(paths, leaves, strict=True):
@@ -93,14 +120,14 @@ def layout_of(tree: Any, groups: Callable[[str], Hashable | None] | None) -> Lay
       f"track_spectral_edge: groups returned labels whose text agrees (in its first {4 * LABEL_WORDS} bytes), got "
       f"{sorted(map(repr, labels))}; return labels that read differently."
     )
-  return Layout(paths, leaves, tuple(group), tuple(labels))
+  return Layout(paths, leaves, tuple(group), tuple(labels), *where)
 
 
 def tree_id(layout: Layout) -> int:
   """An int in [0, 2**31) that tells trees apart whose tracked leaves differ in path, shape or group."""
   parts = [
-    (path, tuple(np.shape(leaf)), group)
-    for path, leaf, group in zip(layout.paths, layout.leaves, layout.group, strict=True)
+    (path, shape, group)
+    for path, shape, group in zip(layout.paths, layout.shapes, layout.group, strict=True)
     if group is not None
   ]
   return zlib.crc32(repr(parts).encode()) & 0x7FFFFFFF

@@ -13,79 +13,113 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedjax import _gram, sketch
+from sedjax import _gram, _placement, sketch
 from sedjax._config import Config
+from sedjax._count import Piece
 from sedjax._layout import Layout
 
 
-def _replicated(leaf: Any) -> Any:
-  """Gathers a leaf that is sharded over *explicit* mesh axes, whose types forbid the reshapes of the sketches."""
-  sharding = jax.typeof(leaf).sharding
-  if all(axis is None for axis in sharding.spec):
-    return leaf
-  return jax.sharding.reshard(leaf, jax.NamedSharding(sharding.mesh, jax.P()))
-
-
 def _real(leaf: Any, group: int | None) -> jax.Array:
-  """A tracked leaf as a real array of at least float32; an untracked one as one 0 (orbax saves no empty arrays)."""
-  if group is None:
-    return jnp.zeros((1,), jnp.float32)
-  leaf = sketch.as_real(_replicated(leaf))
-  return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+  """A tracked leaf as a real array; an untracked one as one 0 (orbax saves no empty arrays)."""
+  return jnp.zeros((1,), jnp.float32) if group is None else sketch.as_real(leaf)
 
 
-def _sketch_row(config: Config, layout: Layout, leaves: list[jax.Array]) -> jax.Array:
-  """float32[labels, dim]: the sketches of the leaves, summed within each group."""
-  rows = [jnp.zeros((config.sketch.dim,), jnp.float32) for _ in layout.labels]
-  for path, leaf, group in zip(layout.paths, leaves, layout.group, strict=True):
-    if group is not None:
-      rows[group] = rows[group] + config.sketch.apply(path, leaf)
-  return jnp.stack(rows) if rows else jnp.zeros((0, config.sketch.dim), jnp.float32)
+def _tracked(layout: Layout) -> list[int]:
+  """Indices of the tracked leaves that hold any numbers."""
+  return [
+    i
+    for i, (shape, group) in enumerate(zip(layout.shapes, layout.group, strict=True))
+    if group is not None and all(shape)
+  ]
+
+
+def _locally(layout: Layout, function: Any, arrays: list[Any], *others: Any, lead: int = 0) -> Any:
+  """`_placement.locally` for arrays that are split as the tracked leaves are, behind `lead` axes that are not."""
+  specs = [((),) * lead + layout.specs[i] for i in _tracked(layout)]
+  return _placement.locally(function, layout.mesh, layout.axes, arrays, specs, *others)
+
+
+def _speaks(layout: Layout, i: int) -> tuple[str, ...]:
+  """The axes over which leaf i is not split: of the devices along them, one speaks for all."""
+  own = {name for names in layout.specs[i] for name in names}
+  return tuple(name for name in layout.axes if name not in own)
+
+
+def _sketch_row(config: Config, layout: Layout, part: int | None = None, grid: Any = None) -> jax.Array:
+  """float32[labels, dim]: the sketches of the leaves (of a part of them, see `part_of`), summed within each group."""
+  tracked = _tracked(layout)
+  labels = len(layout.labels)
+  if not tracked:
+    return jnp.zeros((labels, config.sketch.dim), jnp.float32)
+  silent = list(dict.fromkeys(_speaks(layout, i) for i in tracked))
+
+  def local(blocks: list[jax.Array], grid: Any) -> jax.Array:
+    pieces, groups = [], []
+    for i, block in zip(tracked, blocks, strict=True):
+      piece = Piece(layout.paths[i], sketch.as_real(block))
+      if layout.axes:
+        extra = piece.array.ndim - block.ndim  # complex leaves have one more axis
+        start = _placement.block_start(block.shape, layout.specs[i])
+        piece = piece._replace(start=(0,) * extra + start, shape=(2,) * extra + layout.shapes[i])
+      pieces.append(piece)
+      groups.append(int(layout.group[i] or 0) + labels * silent.index(_speaks(layout, i)))
+    rows = jnp.stack(config.sketch.rows(pieces, groups, labels * len(silent), part, grid))
+    rows = rows.reshape(len(silent), labels, config.sketch.dim)
+    first = [_placement.is_first(axes) for axes in silent]
+    return _placement.psum(sum(jnp.where(f, row, 0) for f, row in zip(first, rows, strict=True)), layout.axes)
+
+  grid = jnp.float32(1) if grid is None else grid
+  return _locally(layout, local, [layout.leaves[i] for i in tracked], grid)
 
 
 def make_row(config: Config, layout: Layout, rows: Any) -> Any:
   """The row of one tree, built like one slot of `rows`: a sketch, or the leaves themselves in float32."""
-  leaves = [_real(leaf, group) for leaf, group in zip(layout.leaves, layout.group, strict=True)]
   if not config.exact:
-    return _sketch_row(config, layout, leaves)
-  return jax.tree.unflatten(jax.tree.structure(rows), [leaf.astype(jnp.float32) for leaf in leaves])
+    return _sketch_row(config, layout)
+  leaves = [_real(leaf, group).astype(jnp.float32) for leaf, group in zip(layout.leaves, layout.group, strict=True)]
+  return jax.tree.unflatten(jax.tree.structure(rows), leaves)
 
 
-def empty_row(config: Config, layout: Layout, params: Any) -> Any:
-  """The shapes of a row of this tree, as `jax.ShapeDtypeStruct`."""
+def zero_rows(config: Config, layout: Layout, params: Any, lead: int) -> Any:
+  """`lead` rows of zeros, sharded as the leaves are where they hold the leaves themselves."""
   if not config.exact:
-    return jax.ShapeDtypeStruct((len(layout.labels), config.sketch.dim), jnp.float32)
-  shapes = [
-    jax.eval_shape(lambda x, g=g: _real(x, g), x).shape for x, g in zip(layout.leaves, layout.group, strict=True)
-  ]
-  rows = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  return jax.tree.unflatten(jax.tree.structure(params), rows)
+    return jnp.zeros((lead, len(layout.labels), config.sketch.dim), jnp.float32)
+
+  def zeros(leaf: Any, group: int | None) -> jax.Array:
+    if group is None or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+      leaf = jax.eval_shape(lambda x: _real(x, group), leaf)
+    zero = jnp.zeros_like(leaf, dtype=jnp.float32)
+    return jnp.broadcast_to(zero, (lead, *zero.shape))
+
+  leaves = [zeros(leaf, group) for leaf, group in zip(layout.leaves, layout.group, strict=True)]
+  return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def largest(row: Any) -> jax.Array:
-  """float32[]: the largest magnitude in a tree; NaN where it holds one, 0 where it is empty."""
-  peaks = (jnp.max(jnp.abs(leaf), initial=0).astype(jnp.float32) for leaf in jax.tree.leaves(row))
+def _peak(leaves: Any) -> jax.Array:
+  peaks = (jnp.max(jnp.abs(leaf), initial=0).astype(jnp.float32) for leaf in leaves)
   return functools.reduce(jnp.maximum, peaks, jnp.float32(0))
 
 
+def largest(config: Config, layout: Layout, row: Any) -> jax.Array:
+  """float32[]: the largest magnitude in a row; NaN where it holds one, 0 where it is empty."""
+  if not config.exact:
+    return _peak([row])
+  return largest_leaf(layout, jax.tree.leaves(row))
+
+
+def largest_leaf(layout: Layout, leaves: list[Any]) -> jax.Array:
+  """float32[]: the largest magnitude in tracked leaves; NaN where one holds one."""
+
+  def local(blocks: list[jax.Array]) -> jax.Array:
+    return _placement.pmax(_peak([sketch.as_real(block) for block in blocks]), layout.axes)
+
+  return _locally(layout, local, [leaves[i] for i in _tracked(layout)])
+
+
 def _norm(x: jax.Array) -> jax.Array:
-  peak = largest(x)
+  peak = _peak([x])
   unit = jnp.where(peak > 0, peak, 1)
   return jnp.sqrt(jnp.sum((x / unit) ** 2)) * unit
-
-
-def _split_parameters(layout: Layout) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
-  """Parameters as coarse + fine parts, and the grid of the coarse ones.
-
-  The coarse parts are multiples of one power of two, so that float32 sums of thousands of them are exact and
-  differences of two sketches lose nothing; the fine parts are 2⁻¹⁷ of the largest parameter at most.
-  """
-  leaves = [_real(leaf, group) for leaf, group in zip(layout.leaves, layout.group, strict=True)]
-  grid = _gram.power_of_two(largest(leaves)) * np.float32(2.0**-16)
-  grid = jnp.where(grid > 0, grid, 1)
-  coarse = [jnp.round(leaf / grid.astype(leaf.dtype)) * grid.astype(leaf.dtype) for leaf in leaves]
-  fine = [(leaf - part).astype(jnp.float32) for leaf, part in zip(leaves, coarse, strict=True)]
-  return [part.astype(jnp.float32) for part in coarse], fine, grid
 
 
 def read_parameters(config: Config, layout: Layout, rows: Any, base: Any) -> tuple[Any, Any, jax.Array]:
@@ -93,15 +127,18 @@ def read_parameters(config: Config, layout: Layout, rows: Any, base: Any) -> tup
   if config.exact:
     now = make_row(config, layout, rows)
     row = jax.tree.map(lambda new, old: new - old[0], now, base)
-    doubles = any(_real(leaf, g).dtype == jnp.float64 for leaf, g in zip(layout.leaves, layout.group, strict=True))
+    doubles = any(jnp.asarray(layout.leaves[i]).dtype in (jnp.float64, jnp.complex128) for i in _tracked(layout))
     # float64 parameters are kept in float32, whose rounding is relative to the parameters.
-    lossy = largest(row) < largest(now) * np.float32(100 * 2.0**-24) if doubles else jnp.array(False)
-    return jax.tree.map(lambda new: new[None], now), row, lossy
-  coarse, fine, grid = _split_parameters(layout)
-  coarse, fine = _sketch_row(config, layout, coarse), _sketch_row(config, layout, fine)
+    small = largest(config, layout, row) < largest(config, layout, now) * np.float32(100 * 2.0**-24)
+    return jax.tree.map(lambda new: new[None], now), row, small if doubles else jnp.array(False)
+  # The coarse parts of the parameters are multiples of one power of two, so that float32 sums of thousands of them are
+  # exact and differences of two sketches lose nothing; the fine parts are 2⁻¹⁷ of the largest parameter at most.
+  grid = _gram.power_of_two(largest_leaf(layout, list(layout.leaves))) * np.float32(2.0**-16)
+  grid = jnp.where(grid > 0, grid, 1)
+  coarse, fine = _sketch_row(config, layout, 0, grid), _sketch_row(config, layout, 1, grid)
   row = (coarse - base[0]) + (fine - base[1])
   # Gaussian weights are no multiples of the grid, and huge sums outgrow it: then float32 rounds the coarse part too.
-  rounds = isinstance(config.sketch, sketch.Gaussian) | (largest(coarse) > grid * np.float32(2.0**23))
+  rounds = isinstance(config.sketch, sketch.Gaussian) | (_peak([coarse]) > grid * np.float32(2.0**23))
   error = _norm(fine) * np.float32(2.0**-22) + jnp.where(rounds, _norm(coarse) * np.float32(2.0**-21), 0)
   return jnp.stack([coarse, fine]), row, error > np.float32(0.01) * _norm(row)
 
@@ -126,29 +163,39 @@ def gram_column(config: Config, layout: Layout, rows: Any, slot: jax.Array, scal
 def _exact_column(
   config: Config, layout: Layout, rows: Any, slot: jax.Array, scales: jax.Array
 ) -> tuple[Any, Any, Any]:
-  zero = jnp.zeros((config.slots,), jnp.float32)
-  tracked = [
-    (leaf, group) for leaf, group in zip(jax.tree.leaves(rows), layout.group, strict=True) if group is not None
-  ]
+  tracked = _tracked(layout)
   # Members of each group, the whole model first.
-  members = [[leaf for leaf, _ in tracked]]
+  members = [list(range(len(tracked)))]
   if config.groups is not None:
-    members += [[leaf for leaf, group in tracked if group == g] for g in range(len(layout.labels))]
-  # Twice the power of two at or below the largest number: scaled rows lie within [-1, 1].
-  scale = 2 * _gram.power_of_two(jnp.stack([largest([leaf[slot] for leaf in group]) for group in members]))
-  scales = scales.at[:, slot].set(scale)
-  columns, dims = [], []
-  for g, group in enumerate(members):
-    unit = jnp.where(scales[g] > 0, scales[g], 1)
-    pair, square, fourth = (zero, zero), jnp.float32(0), jnp.float32(0)
-    for leaf in group:
-      axes = tuple(range(1, leaf.ndim))
-      lead = (slice(None), *(None for _ in axes))
-      scaled = jnp.where(scales[g][lead] > 0, leaf / unit[lead], 0)
-      new = scaled[slot][None]
-      pair = _gram.add_pairs(pair, _gram.precise_dot(scaled, new, axes))
-      square = square + (new * new).sum()
-      fourth = fourth + (new**4).sum()
-    columns.append(jnp.stack(pair))
-    dims.append(3 * square**2 / jnp.maximum(fourth, 1e-30))
-  return jnp.stack(columns, 1), scale, jnp.stack(dims)
+    members += [[i for i, t in enumerate(tracked) if layout.group[t] == g] for g in range(len(layout.labels))]
+  zero = jnp.zeros((config.slots,), jnp.float32)
+
+  def local(blocks: list[jax.Array], slot: jax.Array, scales: jax.Array) -> tuple[Any, Any, Any]:
+    # Twice the power of two at or below the largest number: scaled rows lie within [-1, 1].
+    peaks = jnp.stack([_peak([blocks[i][slot] for i in group]) for group in members])
+    scale = 2 * _gram.power_of_two(_placement.pmax(peaks, layout.axes))
+    scales = scales.at[:, slot].set(scale)
+    highs, lows, sums = [], [], []
+    for g, group in enumerate(members):
+      unit = jnp.where(scales[g] > 0, scales[g], 1)
+      pair, square, fourth = (zero, zero), jnp.float32(0), jnp.float32(0)
+      for i in group:
+        leaf = blocks[i]
+        axes = tuple(range(1, leaf.ndim))
+        lead = (slice(None), *(None for _ in axes))
+        scaled = jnp.where(scales[g][lead] > 0, leaf / unit[lead], 0)
+        scaled = jnp.where(_placement.is_first(_speaks(layout, tracked[i])), scaled, 0)
+        new = scaled[slot][None]
+        pair = _gram.add_pairs(pair, _gram.precise_dot(scaled, new, axes))
+        square = square + (new * new).sum()
+        fourth = fourth + (new**4).sum()
+      highs.append(pair[0])
+      lows.append(pair[1])
+      sums.append(jnp.stack([square, fourth]))
+    column, sums = jnp.stack([jnp.stack(highs), jnp.stack(lows)]), jnp.stack(sums)
+    if layout.axes:
+      column, sums = _gram.psum_pairs(column, sums, layout.axes)
+    return column, scale, 3 * sums[:, 0] ** 2 / jnp.maximum(sums[:, 1], 1e-30)
+
+  leaves = jax.tree.leaves(rows)
+  return _locally(layout, local, [leaves[i] for i in tracked], slot, scales, lead=1)

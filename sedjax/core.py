@@ -7,7 +7,7 @@ thin caller of these three functions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,8 @@ from jax.core import Tracer
 from sedjax._config import Config as Config
 from sedjax._layout import LABEL_WORDS, Layout, decode_label, encode_label, layout_of, tree_id
 from sedjax._phase import init_phase
-from sedjax._rows import empty_row, gram_column, largest, make_row, read_parameters
+from sedjax._placement import Spec
+from sedjax._rows import gram_column, largest, make_row, read_parameters, zero_rows
 from sedjax._spectrum import Rows, WindowState, report_window
 from sedjax._types import VECTOR_FIELDS, Report, Status
 
@@ -91,14 +92,9 @@ def init(config: Config, params: Any) -> TrackerState:
   layout = layout_of(params, config.groups)
   named = layout.labels if config.groups is not None else ()
   slots, groups = config.slots, 1 + len(named)
-  row = empty_row(config, layout, params)
-
-  def zeros_like(lead: tuple[int, ...]) -> Any:
-    return jax.tree.map(lambda r: _zeros((*lead, *r.shape)), row)
-
   return TrackerState(
-    rows=zeros_like((slots,)),
-    base=zeros_like((1 if config.exact else 2,)) if config.source == "params" else (),
+    rows=zero_rows(config, layout, params, slots),
+    base=zero_rows(config, layout, params, 1 if config.exact else 2) if config.source == "params" else (),
     facts=Rows(
       _zeros((2 if config.exact else 1, groups, slots, slots)),
       _zeros((groups, slots)),
@@ -189,7 +185,7 @@ def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
 
 def _observe_updates(config: Config, layout: Layout, state: TrackerState, step: Any) -> TrackerState:
   row = make_row(config, layout, state.rows)
-  size = largest(row)
+  size = largest(config, layout, row)
   finite, zero = jnp.isfinite(size), size == 0
   first = state.elapsed == 0
   current = jax.tree.map(lambda ring: ring[state.cursor], state.rows)
@@ -222,6 +218,10 @@ def _without_rows(state: TrackerState) -> TrackerState:
   return state._replace(rows=())
 
 
+def _largest_base(config: Config, layout: Layout, base: Any) -> jax.Array:
+  return largest(config, layout, jax.tree.map(lambda x: x[0], base) if config.exact else base)
+
+
 def _observe_params(config: Config, layout: Layout, state: TrackerState, step: Any) -> TrackerState:
   # `elapsed` is 0 until there is a base, then the number of steps since it was read.
   due = state.elapsed % config.every == 0 if step is None else jnp.asarray(step) % config.every == 0
@@ -231,9 +231,9 @@ def _observe_params(config: Config, layout: Layout, state: TrackerState, step: A
 
   def read(state: TrackerState) -> TrackerState:
     base, row, lossy = read_parameters(config, layout, state.rows, state.base)
-    finite = jnp.isfinite(largest(base))
+    finite = jnp.isfinite(_largest_base(config, layout, base))
     started = state.elapsed > 0
-    zero = started & finite & (largest(row) == 0)
+    zero = started & finite & (largest(config, layout, row) == 0)
     state = state._replace(
       nonfinite=state.nonfinite + (~finite).astype(jnp.int32), zero=state.zero + zero.astype(jnp.int32)
     )
@@ -252,7 +252,14 @@ def _observe_params(config: Config, layout: Layout, state: TrackerState, step: A
   return jax.lax.cond(due, read, later, state)
 
 
-def observe(config: Config, state: TrackerState, updates: Any, params: Any = None, step: Any = None) -> TrackerState:
+def observe(
+  config: Config,
+  state: TrackerState,
+  updates: Any,
+  params: Any = None,
+  step: Any = None,
+  specs: Mapping[str, Spec] | None = None,
+) -> TrackerState:
   """Takes in one step.
 
   Args:
@@ -262,6 +269,7 @@ def observe(config: Config, state: TrackerState, updates: Any, params: Any = Non
     params: tree of the parameters *before* this step; needed where `config.source` is "params".
     step: None, or an int32 scalar: how many steps came before this one. It sets the rhythm of `every` instead of the
       state's own counter; unbatched under `vmap`, it lets the work between rows be skipped.
+    specs: inside a `jax.shard_map`, how the leaves are split, by path: a tuple of mesh axes for each dimension.
 
   Returns:
     The new state; its reports are new where a row was completed.
@@ -277,7 +285,7 @@ def observe(config: Config, state: TrackerState, updates: Any, params: Any = Non
     )
   from_params = config.source == "params"
   tree = params if from_params else updates
-  layout = layout_of(tree, config.groups)
+  layout = layout_of(tree, config.groups, specs)
   state = _check_state(config, layout, tree, state)
   return (_observe_params if from_params else _observe_updates)(config, layout, state, step)
 

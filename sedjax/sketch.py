@@ -7,46 +7,17 @@ on every device, under every sharding, live or from a checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_VERSION = 1
-_ROWS_PER_HASH = 32
-# How many times a leaf's bucket sums may wrap around the row: 2 keeps every bucket within 12 % of its fair share of
-# variance whatever the leaf's width, where 1 leaves up to half of the buckets empty.
-_WRAPS = 2
+from sedjax._count import Piece, count_rows, index_hash, mix, part_of, path_key
 
-
-def _mix(x: Any) -> Any:
-  """A bijection of uint32 in which every output bit depends on every input bit (for jax and NumPy arrays)."""
-  x = x ^ (x >> 16)
-  x = x * np.uint32(0x7FEB352D)
-  x = x ^ (x >> 15)
-  x = x * np.uint32(0x846CA68B)
-  return x ^ (x >> 16)
-
-
-def _path_key(path: str, seed: int) -> np.uint32:
-  """What a leaf's path and the seed contribute to every hash of that leaf."""
-  digest = hashlib.blake2b(f"{seed}/{path}".encode(), digest_size=4).digest()
-  return np.frombuffer(digest, "<u4")[0]
-
-
-def _axis_keys(start: Any, size: int, salt: np.uint32) -> jax.Array:
-  """uint32[size]: the hashes of the indices start, start + 1, … along one axis."""
-  index = jnp.arange(size, dtype=jnp.uint32) + jnp.asarray(start, jnp.uint32)
-  return _mix(_mix(index + np.uint32(0x9E3779B9)) + salt)
-
-
-def as_matrix(leaf: jax.Array) -> jax.Array:
-  """Views a leaf as float32 rows by columns: its trailing axis are the columns, a vector is one row."""
-  columns = leaf.shape[-1] if leaf.ndim else 1
-  return leaf.astype(jnp.float32).reshape(-1, columns)
+_VERSION = 2
 
 
 def as_real(leaf: Any) -> jax.Array:
@@ -65,74 +36,49 @@ class _Sketch:
     """(kind, version, seed, dim): two rows may be compared only where these agree."""
     return (_KINDS.index(type(self)), _VERSION, self.seed, self.dim)
 
+  def rows(
+    self, pieces: Sequence[Piece], groups: Sequence[int], labels: int, part: int | None = None, grid: Any = None
+  ) -> list[jax.Array]:
+    """float32[dim] for each label: the sketches of its leaves, or blocks of leaves, summed."""
+    raise NotImplementedError
+
+  def apply(self, path: str, leaf: jax.Array) -> jax.Array:
+    """float32[dim]: the sketch of one real leaf of any shape and float dtype."""
+    pieces = [Piece(path, leaf)] if leaf.size else []
+    return self.rows(pieces, [0] * len(pieces), 1)[0]
+
 
 class Count(_Sketch):
   """See `count`."""
 
-  def apply(self, path: str, leaf: jax.Array) -> jax.Array:
-    """float32[dim]: the sketch of one real leaf of any shape and float dtype."""
-    if not leaf.size:
-      return jnp.zeros((self.dim,), jnp.float32)
-    x = as_matrix(leaf)
-    rows, columns = x.shape
-    key = _path_key(path, self.seed)
-    capacity = max(1, _WRAPS * self.dim // columns)
-    # A leaf too small to fill the row with 32 rows a bucket uses fewer: collisions are what makes error.
-    per_bucket = _ROWS_PER_HASH
-    while per_bucket > 1 and -(-rows // (per_bucket // 2)) <= capacity:
-      per_bucket //= 2
-    groups = min(-(-rows // per_bucket), capacity)
-    column_keys = _axis_keys(0, columns, key)
-
-    def signed_sums(block: jax.Array, first_hash_row: Any) -> jax.Array:
-      """Sums of signed rows, one for each bucket row, of a block that starts at a multiple of 32 rows."""
-      count = block.shape[0]
-      hash_rows = -(-count // _ROWS_PER_HASH)
-      block = jnp.pad(block, ((0, hash_rows * _ROWS_PER_HASH - count), (0, 0)))
-      block = block.reshape(hash_rows, _ROWS_PER_HASH, columns)
-      row_keys = _axis_keys(first_hash_row, hash_rows, ~key)
-      bits = _mix(row_keys[:, None] ^ column_keys[None, :])
-      shift = np.arange(_ROWS_PER_HASH - 1, -1, -1, dtype=np.uint32)[None, :, None]
-      flip = (bits[:, None, :] << shift) & np.uint32(0x80000000)
-      signed = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(block, jnp.uint32) ^ flip, jnp.float32)
-      sums = signed.reshape(-1, per_bucket, columns).sum(1)[:groups]
-      return jnp.pad(sums, ((0, groups - sums.shape[0]), (0, 0)))
-
-    block_rows = per_bucket * groups
-    if rows <= block_rows:
-      sums = signed_sums(x, 0)
-    else:  # here per_bucket is 32, so that every block starts at a new hash
-      whole = rows // block_rows
-
-      def add_block(i: Any, total: jax.Array) -> jax.Array:
-        block = jax.lax.dynamic_slice_in_dim(x, i * block_rows, block_rows)
-        return total + signed_sums(block, i * groups)
-
-      sums = jax.lax.fori_loop(0, whole, add_block, jnp.zeros((groups, columns), jnp.float32))
-      if rows % block_rows:
-        sums = sums + signed_sums(x[whole * block_rows :], whole * groups)
-    folds = -(-sums.size // self.dim)
-    folded = jnp.pad(sums.reshape(-1), (0, folds * self.dim - sums.size))
-    return jnp.roll(folded.reshape(folds, self.dim).sum(0), int(_mix(np.asarray([key]))[0]) % self.dim)
+  def rows(
+    self, pieces: Sequence[Piece], groups: Sequence[int], labels: int, part: int | None = None, grid: Any = None
+  ) -> list[jax.Array]:
+    return count_rows(pieces, groups, labels, self.dim, self.seed, part, grid)
 
 
 class Gaussian(_Sketch):
   """See `gaussian`."""
 
-  def apply(self, path: str, leaf: jax.Array) -> jax.Array:
-    """float32[dim]: the sketch of one real leaf of any shape and float dtype."""
-    if not leaf.size:
-      return jnp.zeros((self.dim,), jnp.float32)
-    x = as_matrix(leaf)
-    rows, columns = x.shape
-    key = _path_key(path, self.seed)
+  def rows(
+    self, pieces: Sequence[Piece], groups: Sequence[int], labels: int, part: int | None = None, grid: Any = None
+  ) -> list[jax.Array]:
+    rows = [jnp.zeros((self.dim,), jnp.float32) for _ in range(labels)]
+    for piece, group in zip(pieces, groups, strict=True):
+      rows[group] = rows[group] + self._row(piece, part, grid)
+    return rows
+
+  def _row(self, piece: Piece, part: int | None, grid: Any) -> jax.Array:
+    piece = piece.placed()
+    x = part_of(piece.array, part, grid).reshape(-1, piece.array.shape[-1])
+    key = path_key(piece.path, self.seed)
     chunk = max(1, min(self.dim, 2**20 // x.size))
-    index_keys = _axis_keys(0, rows, ~key)[:, None] ^ _axis_keys(0, columns, key)[None, :]
-    index_keys = _mix(index_keys)
+    row_keys = index_hash(piece.row_index().reshape(-1), ~key)
+    index_keys = mix(row_keys[:, None] ^ index_hash(piece.column_index(), key)[None, :])
 
     def outputs(i: Any) -> jax.Array:
-      output_keys = _axis_keys(i * chunk, chunk, np.uint32(0x5851F42D))
-      bits = _mix(index_keys[None] ^ output_keys[:, None, None])
+      output_keys = index_hash(jnp.arange(chunk, dtype=jnp.uint32) + i * np.uint32(chunk), np.uint32(0x5851F42D))
+      bits = mix(index_keys[None] ^ output_keys[:, None, None])
       # 23 bits, centred in their cells, so that the quantile function never sees -1 or 1.
       uniform = (bits >> 9).astype(jnp.float32) * np.float32(2**-22) + np.float32(2**-23 - 1)
       normal = np.float32(math.sqrt(2)) * jax.lax.erf_inv(uniform)
