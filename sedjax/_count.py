@@ -132,6 +132,16 @@ def _flip(x: jax.Array, bits: Any) -> jax.Array:
   return lax.bitcast_convert_type(_as_uint(x) ^ (bits & _SIGN), jnp.float32)
 
 
+def _zero_of(x: jax.Array) -> jax.Array:
+  """uint32[]: 0, made of x in a way that XLA does not see through; it drops optimization barriers on CPU."""
+  return (_as_uint(x[(0,) * x.ndim]) << 1) & np.uint32(1)
+
+
+def later_than(x: jax.Array, other: jax.Array) -> jax.Array:
+  """x (float32) unchanged, but on paper dependent on `other` (float32)."""
+  return lax.bitcast_convert_type(_as_uint(x) ^ _zero_of(other), jnp.float32)
+
+
 def part_of(x: jax.Array, part: int | None, grid: Any) -> jax.Array:
   """float32: x itself, or its multiple of `grid` (part 0), or what that leaves (part 1)."""
   if part is None:
@@ -176,7 +186,7 @@ def _strided_sums(
 
 
 def _block_sums(x: Any, row: int, count: int, plan: _Plan, keys: Any, columns: Any, part: Any, grid: Any) -> jax.Array:
-  """float32[min(count, g), n]: bucket sums of `count` whole buckets from `row` on, which falls into bucket 0."""
+  """float32[min(count, g), n]: sums of `count` buckets' worth of rows from `row` on, which falls into bucket 0."""
   stride = min(_STRIDE, max(1, plan.per_bucket // 2))
   per_bucket = plan.per_bucket // stride
   first = row // _HASH_ROWS
@@ -184,9 +194,11 @@ def _block_sums(x: Any, row: int, count: int, plan: _Plan, keys: Any, columns: A
   keys = jnp.broadcast_to(lax.slice(keys, (first,), (last,))[:, None], (last - first, _HASH_ROWS // stride))
   keys = keys.reshape(-1)[: count * per_bucket]
   sums = _strided_sums(x, row, count * per_bucket, keys, columns, stride, part, grid)
-  if count > plan.buckets:
-    return sums.reshape(-1, plan.buckets, per_bucket, x.shape[1]).sum((0, 2))
-  return sums.reshape(count, per_bucket, x.shape[1]).sum(1) if per_bucket > 1 else sums
+  sums = sums.reshape(count, per_bucket, x.shape[1]).sum(1) if per_bucket > 1 else sums
+  if count <= plan.buckets:
+    return sums
+  sums = lax.pad(sums, np.float32(0), ((0, -count % plan.buckets, 0), (0, 0, 0)))
+  return sums.reshape(-1, plan.buckets, x.shape[1]).sum(0)
 
 
 @functools.partial(jax.jit, static_argnames=("row", "count", "plan", "part"))
@@ -216,8 +228,7 @@ class _Rows:
   def after_earlier_work(self, keys: Any, size: int) -> Any:
     """`keys`, unchanged, but on paper dependent on earlier rows when `size` more numbers would be too many alive."""
     if self._alive + size > _ALIVE and self._last is not None:
-      # Always 0, which XLA does not find out. It drops optimization barriers on CPU.
-      self._wait = (_as_uint(self._last[0]) << 1) & np.uint32(1)
+      self._wait = _zero_of(self._last)
       self._alive, self._last = 0, None
     self._alive += size
     return keys ^ self._wait
@@ -240,7 +251,6 @@ def _add_strided(rows: _Rows, group: int, piece: Piece, dim: int, seed: int, par
   done = 0
   while done < whole:
     count = min(most, whole - done)
-    count = count // plan.buckets * plan.buckets or count
     row = done * plan.per_bucket
     waiting = rows.after_earlier_work(keys, count * plan.columns * max(1, plan.per_bucket // _STRIDE))
     sums = _shared_block_sums(x, waiting, columns, grid, row=row, count=count, plan=shared, part=part)
@@ -296,7 +306,7 @@ def _add_indexed(row: jax.Array, piece: Piece, dim: int, seed: int, part: Any, g
   else:
     direct = functools.partial(_bucket_sums, plan=plan, most=plan.buckets, part=part, grid=grid)
     chunked = functools.partial(_chunked_bucket_sums, plan=plan, most=plan.buckets, part=part, grid=grid)
-    sums = lax.platform_dependent(*args, cpu=chunked, default=direct)  # pyright: ignore[reportCallIssue]
+    sums = lax.platform_dependent(*args, cpu=chunked, default=direct)  # pyright: ignore
     if sums.shape[1] < plan.columns:
       at = jnp.asarray(piece.start[-1], jnp.int32)
       sums = lax.dynamic_update_slice_in_dim(jnp.zeros((plan.buckets, plan.columns), jnp.float32), sums, at, 1)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from sedjax._state import Parts, TrackerState, map_id_of, pack, unpack, window_sizes
 from sedjax._transform import SpectralEdgeState
-from sedjax.core import TrackerState, window_sizes
 
 
 def _is_tracker(node: Any) -> bool:
@@ -99,12 +99,12 @@ def migrate(old_state: Any, new_state: Any) -> Any:
 
 
 def _carry(name: str, old: TrackerState, new: TrackerState) -> TrackerState:
-  if any(isinstance(state.map_id, Tracer) for state in (old, new)):
+  if any(isinstance(state.counters, Tracer) for state in (old, new)):
     raise ValueError("sedjax.migrate: the states are traced, so they cannot be compared; call it outside jit and vmap.")
-  lead = old.cursor.ndim
-  same_map = old.labels.shape == new.labels.shape and np.array_equal(old.map_id, new.map_id)
+  lead = old.counters.ndim - 1
+  same_map = old.labels.shape == new.labels.shape and np.array_equal(map_id_of(old), map_id_of(new))
   same_rows = jax.tree.structure((old.rows, old.base)) == jax.tree.structure((new.rows, new.base))
-  if lead != new.cursor.ndim or not same_map or not np.array_equal(old.labels, new.labels) or not same_rows:
+  if lead != new.counters.ndim - 1 or not same_map or not np.array_equal(old.labels, new.labels) or not same_rows:
     raise ValueError(
       f"sedjax.migrate: tracker {name!r} changed its sketch, tree, groups or source, so its rows cannot be carried "
       "over; give the new tracker another name to start it empty, or build it as the old one was."
@@ -117,6 +117,11 @@ def _carry(name: str, old: TrackerState, new: TrackerState) -> TrackerState:
 
 def _carry_one(old: TrackerState, new: TrackerState) -> TrackerState:
   """The newest rows of `old` in the ring of `new`, oldest in slot 0; the row that is being summed comes next."""
+  old_sizes, new_sizes = window_sizes(old), window_sizes(new)
+  return pack(_carry_parts(unpack(old), unpack(new), old_sizes, new_sizes))
+
+
+def _carry_parts(old: Parts, new: Parts, old_sizes: tuple[int, ...], new_sizes: tuple[int, ...]) -> Parts:
   old_slots, slots = old.facts.steps.shape[-1], new.facts.steps.shape[-1]
   kept = jnp.minimum(old.filled, min(old_slots, slots) - 1)
   index = jnp.arange(slots, dtype=jnp.int32)
@@ -136,9 +141,9 @@ def _carry_one(old: TrackerState, new: TrackerState) -> TrackerState:
     dims=along(facts.dims, -1, present),
     steps=along(facts.steps, 0, index <= kept),
   )
-  by_size = dict(zip(window_sizes(old), range(len(old.windows)), strict=True))
+  by_size = {size: j for j, size in enumerate(old_sizes)}
   windows, reports, histories = [], [], []
-  for i, size in enumerate(window_sizes(new)):
+  for i, size in enumerate(new_sizes):
     j = by_size.get(size)
     if j is None:
       windows.append(new.windows[i])
@@ -167,7 +172,7 @@ def _carry_one(old: TrackerState, new: TrackerState) -> TrackerState:
   )
 
 
-def _carry_history(old: TrackerState, new: TrackerState, i: int, j: int) -> Any:
+def _carry_history(old: Parts, new: Parts, i: int, j: int) -> Any:
   """The newest of the old reports, each in the place that its number has in the new ring."""
   old_ring, new_ring = old.history[j], new.history[i]
   old_length, length = old_ring.count.shape[0], new_ring.count.shape[0]

@@ -38,7 +38,7 @@ def noise_ratios(window: int, momentum: float, every: int) -> tuple[np.ndarray, 
   """
   rng = np.random.default_rng(0)
   factor = np.linalg.cholesky(row_covariance(window, momentum, every))
-  log2_dims = np.maximum(_LOG2_DIMS, np.ceil(np.log2(4 * window)))
+  log2_dims = np.unique(np.maximum(_LOG2_DIMS, np.ceil(np.log2(4 * window))))
   means, deviations = [], []
   lower = np.tril(np.ones((window, window)), -1)
   for dim in 2.0**log2_dims:

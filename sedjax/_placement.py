@@ -133,18 +133,19 @@ def pmax(x: Any, axes: Sequence[str]) -> Any:
 
 
 def locally(function: Callable[..., Any], mesh: Any, axes: Sequence[str], arrays: Any, specs: Any, *others: Any) -> Any:
-  """function(blocks of arrays, *others), on each device, for a function whose result is equal on all of them.
+  """function(*lists of blocks, *others), on each device, for a function whose result is equal on all of them.
 
   Args:
-    function: takes a list of blocks, and others.
+    function: takes as many lists of blocks as `arrays` has lists, and others.
     mesh: the abstract mesh of explicit axes; None where blocks is what `arrays` are.
     axes: the axes over which any array is split.
-    arrays, specs: lists of the same length.
+    arrays, specs: lists of lists of the same lengths.
     others: arrays that are the same on all devices.
   """
   if mesh is None or not axes:
-    return function(arrays, *others)
-  in_specs = ([jax.P(*(names or None for names in spec)) for spec in specs], *(jax.P() for _ in others))
+    return function(*arrays, *others)
+  split = [[jax.P(*(names or None for names in spec)) for spec in one] for one in specs]
+  in_specs = (*split, *(jax.P() for _ in others))
   return jax.shard_map(
     function, mesh=mesh, in_specs=in_specs, out_specs=jax.P(), axis_names=set(axes), check_vma=False
-  )(arrays, *others)
+  )(*arrays, *others)

@@ -33,9 +33,12 @@ def _tracked(layout: Layout) -> list[int]:
   ]
 
 
-def _locally(layout: Layout, function: Any, arrays: list[Any], *others: Any, lead: int = 0) -> Any:
-  """`_placement.locally` for arrays that are split as the tracked leaves are, behind `lead` axes that are not."""
-  specs = [((),) * lead + layout.specs[i] for i in _tracked(layout)]
+def _locally(layout: Layout, function: Any, arrays: list[list[Any]], *others: Any, lead: tuple[int, ...] = (0,)) -> Any:
+  """`_placement.locally` for lists of arrays that are split as the tracked leaves are, behind `lead` axes that are not.
+
+  The function is given the lists of blocks, then the others.
+  """
+  specs = [[((),) * axes + layout.specs[i] for i in _tracked(layout)] for axes in lead]
   return _placement.locally(function, layout.mesh, layout.axes, arrays, specs, *others)
 
 
@@ -69,7 +72,7 @@ def _sketch_row(config: Config, layout: Layout, part: int | None = None, grid: A
     return _placement.psum(sum(jnp.where(f, row, 0) for f, row in zip(first, rows, strict=True)), layout.axes)
 
   grid = jnp.float32(1) if grid is None else grid
-  return _locally(layout, local, [layout.leaves[i] for i in tracked], grid)
+  return _locally(layout, local, [[layout.leaves[i] for i in tracked]], grid)
 
 
 def make_row(config: Config, layout: Layout, rows: Any) -> Any:
@@ -113,7 +116,7 @@ def largest_leaf(layout: Layout, leaves: list[Any]) -> jax.Array:
   def local(blocks: list[jax.Array]) -> jax.Array:
     return _placement.pmax(_peak([sketch.as_real(block) for block in blocks]), layout.axes)
 
-  return _locally(layout, local, [leaves[i] for i in _tracked(layout)])
+  return _locally(layout, local, [[leaves[i] for i in _tracked(layout)]])
 
 
 def _norm(x: jax.Array) -> jax.Array:
@@ -143,25 +146,31 @@ def read_parameters(config: Config, layout: Layout, rows: Any, base: Any) -> tup
   return jnp.stack([coarse, fine]), row, error > np.float32(0.01) * _norm(row)
 
 
-def gram_column(config: Config, layout: Layout, rows: Any, slot: jax.Array, scales: jax.Array) -> tuple[Any, Any, Any]:
-  """Gram column of the row in `slot`: float32[parts, G, n], its scales [G] and its effective dimensions [G]."""
+def gram_column(
+  config: Config, layout: Layout, rows: Any, row: Any, slot: jax.Array, scales: jax.Array
+) -> tuple[Any, Any, Any]:
+  """Gram column of `row`, to be written into `slot` of `rows`: float32[parts, G, n]; its scales and dimensions [G]."""
   if config.exact:
-    return _exact_column(config, layout, rows, slot, scales)
+    return _exact_column(config, layout, rows, row, slot, scales)
   if config.groups is not None:
     rows = jnp.concatenate([rows.sum(1, keepdims=True), rows], 1)
-  row = rows[slot]
+    row = jnp.concatenate([row.sum(0, keepdims=True), row])
   scale = _gram.power_of_two(jnp.max(jnp.abs(row), -1, initial=0))
   scales = scales.at[:, slot].set(scale)
-  unit = jnp.where(scales > 0, scales, 1)
-  scaled = jnp.where(scales.T[:, :, None] > 0, rows / unit.T[:, :, None], 0)
-  new = scaled[slot]
+  new = row / jnp.where(scale > 0, scale, 1)[:, None]
   squares = new * new
-  dims = 3 * squares.sum(-1) ** 2 / jnp.maximum((squares * squares).sum(-1), 1e-30)
-  return _gram.plain_dot(scaled, new)[None], scale, dims
+  energy = squares.sum(-1)
+  dims = 3 * energy**2 / jnp.maximum((squares * squares).sum(-1), 1e-30)
+  # The rows are scaled after the product, which spares a copy of them; the extremes are moved out of its way.
+  top = jnp.max(scales, -1)
+  shift = jnp.where(top > np.float32(2.0**64), np.float32(2.0**-64), 1)
+  shift = jnp.where(top < np.float32(2.0**-64), np.float32(2.0**62), shift)
+  column = _gram.plain_dot(rows, new * shift[:, None]) / jnp.where(scales > 0, scales * shift[:, None], jnp.inf)
+  return column.at[:, slot].set(energy)[None], scale, dims
 
 
 def _exact_column(
-  config: Config, layout: Layout, rows: Any, slot: jax.Array, scales: jax.Array
+  config: Config, layout: Layout, rows: Any, row: Any, slot: jax.Array, scales: jax.Array
 ) -> tuple[Any, Any, Any]:
   tracked = _tracked(layout)
   # Members of each group, the whole model first.
@@ -170,32 +179,31 @@ def _exact_column(
     members += [[i for i, t in enumerate(tracked) if layout.group[t] == g] for g in range(len(layout.labels))]
   zero = jnp.zeros((config.slots,), jnp.float32)
 
-  def local(blocks: list[jax.Array], slot: jax.Array, scales: jax.Array) -> tuple[Any, Any, Any]:
+  def local(blocks: list[jax.Array], row: list[jax.Array], slot: jax.Array, scales: jax.Array) -> tuple[Any, Any, Any]:
     # Twice the power of two at or below the largest number: scaled rows lie within [-1, 1].
-    peaks = jnp.stack([_peak([blocks[i][slot] for i in group]) for group in members])
+    peaks = jnp.stack([_peak([row[i] for i in group]) for group in members])
     scale = 2 * _gram.power_of_two(_placement.pmax(peaks, layout.axes))
     scales = scales.at[:, slot].set(scale)
     highs, lows, sums = [], [], []
     for g, group in enumerate(members):
       unit = jnp.where(scales[g] > 0, scales[g], 1)
-      pair, square, fourth = (zero, zero), jnp.float32(0), jnp.float32(0)
+      pair, own, fourth = (zero, zero), (zero[:1], zero[:1]), jnp.float32(0)
       for i in group:
-        leaf = blocks[i]
-        axes = tuple(range(1, leaf.ndim))
+        axes = tuple(range(1, blocks[i].ndim))
         lead = (slice(None), *(None for _ in axes))
-        scaled = jnp.where(scales[g][lead] > 0, leaf / unit[lead], 0)
-        scaled = jnp.where(_placement.is_first(_speaks(layout, tracked[i])), scaled, 0)
-        new = scaled[slot][None]
+        mine = _placement.is_first(_speaks(layout, tracked[i]))
+        new = jnp.where(mine & (scale[g] > 0), row[i] / jnp.where(scale[g] > 0, scale[g], 1), 0)[None]
+        scaled = jnp.where(scales[g][lead] > 0, blocks[i] / unit[lead], 0)
         pair = _gram.add_pairs(pair, _gram.precise_dot(scaled, new, axes))
-        square = square + (new * new).sum()
+        own = _gram.add_pairs(own, _gram.precise_dot(new, new, axes))
         fourth = fourth + (new**4).sum()
-      highs.append(pair[0])
-      lows.append(pair[1])
-      sums.append(jnp.stack([square, fourth]))
+      highs.append(pair[0].at[slot].set(own[0][0]))
+      lows.append(pair[1].at[slot].set(own[1][0]))
+      sums.append(jnp.stack([own[0][0], fourth]))
     column, sums = jnp.stack([jnp.stack(highs), jnp.stack(lows)]), jnp.stack(sums)
     if layout.axes:
       column, sums = _gram.psum_pairs(column, sums, layout.axes)
     return column, scale, 3 * sums[:, 0] ** 2 / jnp.maximum(sums[:, 1], 1e-30)
 
-  leaves = jax.tree.leaves(rows)
-  return _locally(layout, local, [leaves[i] for i in tracked], slot, scales, lead=1)
+  ring, new = ([leaves[i] for i in tracked] for leaves in map(jax.tree.leaves, (rows, row)))
+  return _locally(layout, local, [ring, new], slot, scales, lead=(1, 0))

@@ -63,13 +63,12 @@ def find_edge(ratios: jax.Array, k_max: int, dims: jax.Array, exact: bool) -> tu
 def _noise_thresholds(window: int, momentum: float, every: int, dims: jax.Array) -> tuple[jax.Array, jax.Array]:
   """float32[G, W - 1]: the ratios at which an edge is entered and left, at effective dimensions [G]."""
   grid, means, deviations = _null.noise_ratios(window, momentum, every)
-  at = jnp.log2(jnp.maximum(dims, 1))
-
-  def interpolate(table: np.ndarray) -> jax.Array:
-    return jax.vmap(lambda column: jnp.interp(at, grid, column), 1, 1)(jnp.asarray(table))
-
-  mean, deviation = interpolate(means), interpolate(deviations)
-  return jnp.exp(mean + _null.ENTER * deviation), jnp.exp(mean + _null.LEAVE * deviation)
+  logs = np.concatenate([means + _null.ENTER * deviations, means + _null.LEAVE * deviations], 1)
+  # Linear between the grid's points: how much of each of its steps lies below.
+  below = jnp.clip((jnp.log2(jnp.maximum(dims, 1))[:, None] - grid[:-1]) / np.diff(grid), 0, 1)
+  steps = np.diff(logs, axis=0).astype(np.float32)
+  ratios = jnp.exp(logs[0].astype(np.float32) + jnp.matmul(below, steps, precision=jax.lax.Precision.HIGHEST))
+  return ratios[:, : window - 1], ratios[:, window - 1 :]
 
 
 def report_window(

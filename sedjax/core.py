@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,15 @@ import numpy as np
 from jax.core import Tracer
 
 from sedjax._config import Config as Config
+from sedjax._count import later_than
 from sedjax._layout import LABEL_WORDS, Layout, decode_label, encode_label, layout_of, tree_id
 from sedjax._phase import init_phase
 from sedjax._placement import Spec
 from sedjax._rows import gram_column, largest, make_row, read_parameters, zero_rows
 from sedjax._spectrum import Rows, WindowState, report_window
+from sedjax._state import INTEGERS, Parts, map_id_of, pack, unpack
+from sedjax._state import TrackerState as TrackerState
+from sedjax._state import window_sizes as window_sizes
 from sedjax._types import VECTOR_FIELDS, Report, Status
 
 TREE_CHANGED = (
@@ -34,40 +38,16 @@ _STATE_CHANGED = (
 _INT_MAX = np.iinfo(np.int32).max
 
 
-class TrackerState(NamedTuple):
-  """Arrays only; n = W + 1 slots, G groups (the whole model first, then the labels in tree order).
-
-  The slot under the cursor holds the row that is being summed up; it enters the window when it is complete.
-  """
-
-  rows: Any  # float32[n, labels, dim]; for exact sketches a tree of float32[n, *leaf.shape]
-  base: Any  # source="params": the row of the parameters last read, twice (coarse and fine part); else ()
-  facts: Rows  # Gram matrix, scales, effective dimensions and step counts by slot
-  cursor: jax.Array  # int32[], slot being filled
-  pushed: jax.Array  # int32[], rows pushed since the tracker began
-  filled: jax.Array  # int32[], rows that the ring holds
-  elapsed: jax.Array  # int32[], calls since the last row was pushed
-  nonfinite: jax.Array  # int32[], steps left out
-  zero: jax.Array  # int32[], steps of exactly zero update
-  flags: jax.Array  # int32[], status bits that hold for all reports
-  windows: tuple[WindowState, ...]  # by window, ascending
-  reports: tuple[Report, ...]  # by window, fields [G, …]
-  history: tuple[Report, ...]  # by window, fields [history, G, …], a ring by count
-  labels: jax.Array  # int32[1 + labels, 16], the groups' names in UTF-8 behind an empty one for the whole model
-  map_id: jax.Array  # int32[5], which sketch (kind, version, seed, dim) of which tree made the rows
-
-
 def _zeros(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
   return jnp.zeros(shape, dtype)
 
 
 def _empty_report(window: int, lead: tuple[int, ...]) -> Report:
   vectors = {"singular_values": window, "ratios": window - 1}
-  integers = ("k_star", "k95", "phase", "count", "row_steps", "skipped_nonfinite", "skipped_zero", "status")
   fields = {}
   for name in Report._fields:
     shape = (*lead, vectors[name]) if name in VECTOR_FIELDS else lead
-    dtype = jnp.int32 if name in integers else jnp.bool_ if name == "edge_ambiguous" else jnp.float32
+    dtype = jnp.bool_ if name == "edge_ambiguous" else jnp.int32 if name in INTEGERS else jnp.float32
     fields[name] = _zeros(shape, dtype)
   return Report(**fields)._replace(status=jnp.full(lead, int(Status.WINDOW_FILLING), jnp.int32))
 
@@ -92,7 +72,7 @@ def init(config: Config, params: Any) -> TrackerState:
   layout = layout_of(params, config.groups)
   named = layout.labels if config.groups is not None else ()
   slots, groups = config.slots, 1 + len(named)
-  return TrackerState(
+  parts = Parts(
     rows=zero_rows(config, layout, params, slots),
     base=zero_rows(config, layout, params, 1 if config.exact else 2) if config.source == "params" else (),
     facts=Rows(
@@ -115,9 +95,10 @@ def init(config: Config, params: Any) -> TrackerState:
     labels=_zeros((groups, LABEL_WORDS), jnp.int32) + np.stack([encode_label(label) for label in ("", *named)]),
     map_id=_zeros((5,), jnp.int32) + _map_id(config, layout),
   )
+  return pack(parts)
 
 
-def _with_counters(state: TrackerState, report: Report) -> Report:
+def _with_counters(state: Parts, report: Report) -> Report:
   """A report with what has been left out up to now, also where no row was pushed since."""
   nonfinite, zero, flags = (x[..., None] for x in (state.nonfinite, state.zero, state.flags))
   flags = flags | jnp.where(nonfinite > 0, int(Status.NONFINITE_SKIPPED), 0)
@@ -129,11 +110,11 @@ def _with_counters(state: TrackerState, report: Report) -> Report:
   )
 
 
-def _push(config: Config, layout: Layout, state: TrackerState, steps: jax.Array, extra: Any = 0) -> TrackerState:
-  """Takes the row under the cursor, of `steps` steps, into the window and reports (with `extra` status bits)."""
+def _push(config: Config, layout: Layout, state: Parts, row: Any, steps: jax.Array, extra: Any = 0) -> Parts:
+  """Takes `row`, of `steps` steps, into the window and reports (with `extra` status bits)."""
   slot = state.cursor
   facts = state.facts
-  column, scale, dims = gram_column(config, layout, state.rows, slot, facts.scale)
+  column, scale, dims = gram_column(config, layout, state.rows, row, slot, facts.scale)
   gram = facts.gram.at[:, :, slot, :].set(column).at[:, :, :, slot].set(column)
   facts = Rows(
     gram,
@@ -175,7 +156,9 @@ def _push(config: Config, layout: Layout, state: TrackerState, steps: jax.Array,
   )
 
 
-def _write(rows: Any, slot: jax.Array, row: Any) -> Any:
+def _write(rows: Any, slot: jax.Array, row: Any, after: Parts) -> Any:
+  """Writes a row into the ring, after the Gram column has read the ring, so that XLA need not copy it."""
+  row = jax.tree.map(lambda x: later_than(x, after.facts.gram), row)
   return jax.tree.map(lambda ring, new: jax.lax.dynamic_update_index_in_dim(ring, new, slot, 0), rows, row)
 
 
@@ -183,37 +166,40 @@ def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def _observe_updates(config: Config, layout: Layout, state: TrackerState, step: Any) -> TrackerState:
+def _observe_updates(config: Config, layout: Layout, state: Parts, step: Any) -> Parts:
   row = make_row(config, layout, state.rows)
   size = largest(config, layout, row)
   finite, zero = jnp.isfinite(size), size == 0
   first = state.elapsed == 0
-  current = jax.tree.map(lambda ring: ring[state.cursor], state.rows)
-  start = jax.tree.map(lambda r: jnp.where(first, 0, r), current)
-  total = jax.tree.map(lambda a, b: a + jnp.where(finite, b, 0), start, row)
-  used = state.facts.steps[state.cursor]
-  # A zero step leaves the slot as it is; it adds nothing and does not count.
-  rows = _write(state.rows, state.cursor, _choose(zero, current, total))
-  used = jnp.where(zero, used, jnp.where(first, 0, used) + finite.astype(jnp.int32))
+  row = jax.tree.map(lambda new: jnp.where(finite, new, 0), row)
+  used = finite.astype(jnp.int32)
+  if config.every > 1 or step is not None:
+    current = jax.tree.map(lambda ring: ring[state.cursor], state.rows)
+    row = jax.tree.map(lambda old, new: jnp.where(first, 0, old) + new, current, row)
+    used = jnp.where(first, 0, state.facts.steps[state.cursor]) + used - zero.astype(jnp.int32)
   elapsed = state.elapsed + (~zero).astype(jnp.int32)
+  rows, slot = state.rows, state.cursor
   state = state._replace(
-    rows=rows,
-    facts=state.facts._replace(steps=state.facts.steps.at[state.cursor].set(used)),
+    facts=state.facts._replace(steps=state.facts.steps.at[slot].set(used)),
     elapsed=elapsed,
     nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
     zero=state.zero + zero.astype(jnp.int32),
   )
   due = (elapsed >= config.every) & ~zero if step is None else (jnp.asarray(step) + 1) % config.every == 0
   complete = due & (elapsed > 0) & (used > 0)  # a row whose steps were all left out starts afresh
+
+  def push(state: Parts) -> Parts:
+    pushed = _push(config, layout, state, row, used)
+    return _choose(complete, _without_rows(pushed), _without_rows(state))
+
   if config.every == 1 and step is None:
-    pushed = _choose(complete, _without_rows(_push(config, layout, state, used)), _without_rows(state))
+    state = push(state)
   else:
-    push = lambda s: _without_rows(_push(config, layout, s, used))  # noqa: E731
-    pushed = jax.lax.cond(due, lambda s: _choose(complete, push(s), _without_rows(s)), _without_rows, state)
-  return pushed._replace(rows=rows, elapsed=jnp.where(due, 0, elapsed))
+    state = jax.lax.cond(due, push, _without_rows, state)
+  return state._replace(rows=_write(rows, slot, row, state), elapsed=jnp.where(due, 0, elapsed))
 
 
-def _without_rows(state: TrackerState) -> TrackerState:
+def _without_rows(state: Parts) -> Parts:
   """For branches and selections, which would copy the rows."""
   return state._replace(rows=())
 
@@ -222,14 +208,15 @@ def _largest_base(config: Config, layout: Layout, base: Any) -> jax.Array:
   return largest(config, layout, jax.tree.map(lambda x: x[0], base) if config.exact else base)
 
 
-def _observe_params(config: Config, layout: Layout, state: TrackerState, step: Any) -> TrackerState:
+def _observe_params(config: Config, layout: Layout, state: Parts, step: Any) -> Parts:
   # `elapsed` is 0 until there is a base, then the number of steps since it was read.
   due = state.elapsed % config.every == 0 if step is None else jnp.asarray(step) % config.every == 0
 
-  def later(state: TrackerState) -> TrackerState:
-    return state._replace(elapsed=state.elapsed + (state.elapsed > 0).astype(jnp.int32))
+  def later(state: Parts) -> tuple[Parts, Any]:
+    waiting = state._replace(elapsed=state.elapsed + (state.elapsed > 0).astype(jnp.int32))
+    return _without_rows(waiting), jax.tree.map(lambda ring: jnp.zeros_like(ring[0]), state.rows)
 
-  def read(state: TrackerState) -> TrackerState:
+  def read(state: Parts) -> tuple[Parts, Any]:
     base, row, lossy = read_parameters(config, layout, state.rows, state.base)
     finite = jnp.isfinite(_largest_base(config, layout, base))
     started = state.elapsed > 0
@@ -238,18 +225,19 @@ def _observe_params(config: Config, layout: Layout, state: TrackerState, step: A
       nonfinite=state.nonfinite + (~finite).astype(jnp.int32), zero=state.zero + zero.astype(jnp.int32)
     )
     accept = started & finite & ~zero
-    slot = jax.tree.map(lambda ring: ring[state.cursor], state.rows)
-    rows = _write(state.rows, state.cursor, _choose(accept, row, slot))
+    row = jax.tree.map(lambda x: jnp.where(accept, x, 0), row)
     extra = jnp.where(lossy, int(Status.CANCELLATION), 0)
-    pushed = _push(config, layout, state._replace(rows=rows), state.elapsed, extra)
-    small = _choose(accept, pushed._replace(rows=(), base=()), state._replace(rows=(), base=()))
+    pushed = _push(config, layout, state, row, state.elapsed, extra)
+    pushed = _choose(accept, pushed._replace(rows=(), base=()), state._replace(rows=(), base=()))
     keep = ~finite | zero
-    elapsed = jnp.where(keep, later(state).elapsed, 1).astype(jnp.int32)
-    return small._replace(rows=rows, base=_choose(keep, state.base, base), elapsed=elapsed)
+    elapsed = jnp.where(keep, later(state)[0].elapsed, 1).astype(jnp.int32)
+    return pushed._replace(base=_choose(keep, state.base, base), elapsed=elapsed), row
 
   if config.every == 1 and step is None:
-    return read(state)
-  return jax.lax.cond(due, read, later, state)
+    new, row = read(state)
+  else:
+    new, row = jax.lax.cond(due, read, later, state)
+  return new._replace(rows=_write(state.rows, state.cursor, row, new))
 
 
 def observe(
@@ -286,18 +274,21 @@ def observe(
   from_params = config.source == "params"
   tree = params if from_params else updates
   layout = layout_of(tree, config.groups, specs)
-  state = _check_state(config, layout, tree, state)
-  return (_observe_params if from_params else _observe_updates)(config, layout, state, step)
+  parts = _check_state(config, layout, tree, state)
+  return pack((_observe_params if from_params else _observe_updates)(config, layout, parts, step))
 
 
-def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState) -> TrackerState:
+def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState) -> Parts:
   """Refuses a state that another sketch, tree or configuration made; flags what cannot be known while tracing."""
-  expected = _map_id(config, layout)
-  if isinstance(state.map_id, Tracer):
-    changed = jnp.any(state.map_id != expected)
-    state = state._replace(flags=state.flags | jnp.where(changed, int(Status.MAP_CHANGED), 0))
+  shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(functools.partial(init, config), tree))]
+  if [jnp.shape(leaf) for leaf in jax.tree.leaves(state)] != shapes:
+    raise ValueError(_STATE_CHANGED)
+  expected, parts = _map_id(config, layout), unpack(state)
+  if isinstance(state.counters, Tracer):
+    changed = jnp.any(parts.map_id != expected)
+    parts = parts._replace(flags=parts.flags | jnp.where(changed, int(Status.MAP_CHANGED), 0))
   else:
-    found = np.asarray(state.map_id)
+    found = np.asarray(map_id_of(state))
     if found[4] != expected[4]:
       raise ValueError(TREE_CHANGED)
     if np.any(found != expected):
@@ -306,10 +297,7 @@ def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState)
         f"{tuple(map(int, found[:4]))}, this tracker's sketch is {tuple(map(int, expected[:4]))}; build the tracker "
         "with the former sketch, or call tx.init for a new state."
       )
-  shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(functools.partial(init, config), tree))]
-  if [jnp.shape(leaf) for leaf in jax.tree.leaves(state)] != shapes:
-    raise ValueError(_STATE_CHANGED)
-  return state
+  return parts
 
 
 def _group_index(state: TrackerState, group: Hashable | None) -> Any:
@@ -325,11 +313,6 @@ def _group_index(state: TrackerState, group: Hashable | None) -> Any:
     names = ", ".join(repr(decode_label(words)) for words in known) or "none, since the tracker has no `groups`"
     raise ValueError(f"sedjax: there is no group {group!r}; groups: {names}.")
   return 1 + known.index(tuple(wanted))
-
-
-def window_sizes(state: TrackerState) -> tuple[int, ...]:
-  """The tracker's window sizes, ascending."""
-  return tuple(report.singular_values.shape[-1] for report in state.reports)
 
 
 def report(state: TrackerState, *, group: Hashable | None = None, window: int | None = None) -> Report:
@@ -350,7 +333,8 @@ def report(state: TrackerState, *, group: Hashable | None = None, window: int | 
   sizes = window_sizes(state)
   if window is not None and window not in sizes:
     raise ValueError(f"sedjax: there is no window {window!r}; the tracker's windows are {sizes}.")
-  return _pick(state, _with_counters(state, state.reports[-1 if window is None else sizes.index(window)]), group)
+  parts = unpack(state)
+  return _pick(state, _with_counters(parts, parts.reports[-1 if window is None else sizes.index(window)]), group)
 
 
 def _pick(state: TrackerState, found: Report, group: Hashable | None) -> Report:
@@ -383,7 +367,8 @@ def reports(state: TrackerState) -> Report:
     length = largest - (name == "ratios")
     return jnp.stack([jnp.pad(f, [(0, 0)] * (f.ndim - 1) + [(0, length - f.shape[-1])]) for f in fields], -2)
 
-  found = (_with_counters(state, report) for report in state.reports)
+  parts = unpack(state)
+  found = (_with_counters(parts, report) for report in parts.reports)
   return Report(*(stack(n, f) for n, f in zip(Report._fields, zip(*found, strict=True), strict=True)))
 
 
@@ -397,7 +382,7 @@ def history(state: TrackerState, *, group: Hashable | None = None, window: int |
   sizes = window_sizes(state)
   if window is not None and window not in sizes:
     raise ValueError(f"sedjax: there is no window {window!r}; the tracker's windows are {sizes}.")
-  ring = _pick(state, state.history[-1 if window is None else sizes.index(window)], group)
+  ring = _pick(state, unpack(state).history[-1 if window is None else sizes.index(window)], group)
   order = jnp.argsort(ring.count, axis=-1)
 
   def by_age(name: str, field: jax.Array) -> jax.Array:

@@ -1,0 +1,154 @@
+"""What a tracker remembers: as few arrays as possible in optimizer state, many named ones while it is worked on.
+
+Each array of a jitted step's arguments and results costs some microseconds of every step, whatever its size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sedjax._phase import PhaseState
+from sedjax._spectrum import Rows, WindowState
+from sedjax._types import VECTOR_FIELDS, Report
+
+
+class Packed(NamedTuple):
+  """Numbers of one window size, side by side: those of its report, then (not in a history) those of its phase."""
+
+  floats: jax.Array  # float32[..., G, ·]
+  ints: jax.Array  # int32[..., G, ·]
+
+
+class TrackerState(NamedTuple):
+  """A tracker's state: arrays only; n = W + 1 slots, G groups (the whole model first, then the labels in tree order).
+
+  `core.report`, `core.reports` and `core.history` read it; the order of the numbers inside the arrays is private.
+  """
+
+  rows: Any  # float32[n, labels, dim]; for exact sketches a tree of float32[n, *leaf.shape]
+  base: Any  # source="params": the row of the parameters last read, twice (coarse and fine part); else ()
+  facts: jax.Array  # float32[G, n, parts · n + 2]: Gram matrix, scale and effective dimension by slot
+  counters: jax.Array  # int32[n + 12]: steps by slot, the counters, the map's id
+  windows: tuple[Packed, ...]  # by window, ascending
+  history: tuple[Packed, ...]  # by window, with a leading axis [history], a ring by count
+  labels: jax.Array  # int32[1 + labels, 16]: the groups' names in UTF-8 behind an empty one for the whole model
+
+
+class Parts(NamedTuple):
+  """The same by name.
+
+  The slot under the cursor holds the row that is being summed up; it enters the window when it is complete.
+  """
+
+  rows: Any
+  base: Any
+  facts: Rows
+  cursor: jax.Array  # int32[], slot being filled
+  pushed: jax.Array  # int32[], rows pushed since the tracker began
+  filled: jax.Array  # int32[], rows that the ring holds
+  elapsed: jax.Array  # int32[], calls since the last row was pushed
+  nonfinite: jax.Array  # int32[], steps left out
+  zero: jax.Array  # int32[], steps of exactly zero update
+  flags: jax.Array  # int32[], status bits that hold for all reports
+  map_id: jax.Array  # int32[5], which sketch (kind, version, seed, dim) of which tree made the rows
+  windows: tuple[WindowState, ...]  # by window, ascending
+  reports: tuple[Report, ...]  # by window, fields [G, …]
+  history: tuple[Report, ...]  # by window, fields [history, G, …]
+  labels: jax.Array
+
+
+COUNTERS = ("cursor", "pushed", "filled", "elapsed", "nonfinite", "zero", "flags")
+_MAP_ID = 5
+INTEGERS = (
+  "k_star",
+  "edge_ambiguous",
+  "k95",
+  "phase",
+  "count",
+  "row_steps",
+  "skipped_nonfinite",
+  "skipped_zero",
+  "status",
+)
+_FLOATS = tuple(name for name in Report._fields if name not in (*INTEGERS, *VECTOR_FIELDS))
+_PHASE_INTS = ("phase", "peak_age", "age")
+_PHASE_FLOATS = tuple(name for name in PhaseState._fields if name not in _PHASE_INTS)
+
+
+def _pack(report: Report, state: WindowState | None) -> Packed:
+  ints = [getattr(report, name).astype(jnp.int32)[..., None] for name in INTEGERS]
+  floats = [getattr(report, name)[..., None] for name in _FLOATS] + [getattr(report, name) for name in VECTOR_FIELDS]
+  if state is not None:
+    ints += [getattr(state.phase, name)[..., None] for name in _PHASE_INTS]
+    floats += [getattr(state.phase, name)[..., None] for name in _PHASE_FLOATS] + [state.direction]
+  return Packed(jnp.concatenate(floats, -1), jnp.concatenate(ints, -1))
+
+
+def _unpack_report(packed: Packed, window: int) -> Report:
+  fields = {name: packed.ints[..., i] for i, name in enumerate(INTEGERS)}
+  fields["edge_ambiguous"] = fields["edge_ambiguous"] != 0
+  fields |= {name: packed.floats[..., i] for i, name in enumerate(_FLOATS)}
+  vectors = packed.floats[..., len(_FLOATS) :]
+  return Report(singular_values=vectors[..., :window], ratios=vectors[..., window : 2 * window - 1], **fields)
+
+
+def _unpack_window(packed: Packed, slots: int) -> WindowState:
+  ints, floats = packed.ints[..., len(INTEGERS) :], packed.floats[..., -slots - len(_PHASE_FLOATS) :]
+  fields = {name: ints[..., i] for i, name in enumerate(_PHASE_INTS)}
+  fields |= {name: floats[..., i] for i, name in enumerate(_PHASE_FLOATS)}
+  return WindowState(PhaseState(**fields), floats[..., len(_PHASE_FLOATS) :])
+
+
+def window_sizes(state: TrackerState) -> tuple[int, ...]:
+  """The tracker's window sizes, ascending."""
+  other = len(_FLOATS) - 1 + len(_PHASE_FLOATS) + state.facts.shape[-2]
+  return tuple((packed.floats.shape[-1] - other) // 2 for packed in state.windows)
+
+
+def map_id_of(state: TrackerState) -> jax.Array:
+  """int32[..., 5]: `Parts.map_id`."""
+  return state.counters[..., -_MAP_ID:]
+
+
+def pack(parts: Parts) -> TrackerState:
+  """Puts the small arrays side by side; leading axes are kept."""
+  gram = parts.facts.gram
+  facts = [gram[..., i, :, :, :] for i in range(gram.shape[-4])] + [
+    parts.facts.scale[..., None],
+    parts.facts.dims[..., None],
+  ]
+  counters = [parts.facts.steps, *(getattr(parts, name)[..., None] for name in COUNTERS), parts.map_id]
+  return TrackerState(
+    parts.rows,
+    parts.base,
+    jnp.concatenate(facts, -1),
+    jnp.concatenate(counters, -1),
+    tuple(_pack(report, state) for report, state in zip(parts.reports, parts.windows, strict=True)),
+    tuple(_pack(report, None) for report in parts.history),
+    parts.labels,
+  )
+
+
+def unpack(state: TrackerState) -> Parts:
+  """The inverse of `pack`."""
+  slots = state.facts.shape[-2]
+  sizes = window_sizes(state)
+  starts = range(0, state.facts.shape[-1] - 2, slots)
+  gram = jnp.stack([state.facts[..., start : start + slots] for start in starts], -4)
+  steps, counters = state.counters[..., :slots], state.counters[..., slots:]
+  return Parts(
+    rows=state.rows,
+    base=state.base,
+    facts=Rows(gram, state.facts[..., -2], state.facts[..., -1], steps),
+    **{name: counters[..., i] for i, name in enumerate(COUNTERS)},
+    map_id=map_id_of(state),
+    windows=tuple(_unpack_window(packed, slots) for packed in state.windows),
+    reports=tuple(_unpack_report(packed, size) for packed, size in zip(state.windows, sizes, strict=True)),
+    history=tuple(
+      _unpack_report(packed, size) for packed, size in zip(state.history, sizes, strict=bool(state.history))
+    ),
+    labels=state.labels,
+  )
