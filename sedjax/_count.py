@@ -33,7 +33,7 @@ _STRIDE = 16
 _ALIVE = 2**20
 # Indexed form on CPU: numbers of a block that are signed at a time, since CPU contractions store their operands.
 _CHUNK = 2**20
-# Hashes of indices up to this size are made while tracing, which halves the strided kernels and their compile time.
+# Hashes of so many indices are made while tracing, which halves the strided kernels and their compile time.
 _TABLE = 2**18
 
 
@@ -51,9 +51,11 @@ class Piece(NamedTuple):
     array = self.array if self.array.ndim else self.array[None]
     return Piece(self.path, array, start, array.shape if start is None else self.shape or (1,))
 
-  def row_index(self) -> jax.Array:
+  def row_index(self) -> Any:
     """uint32[leading axes]: the row, in the whole leaf, of each place of the leading axes."""
     shape = self.array.shape[:-1]
+    if self.start is None and math.prod(shape) <= _TABLE:
+      return np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
     index = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(self.shape[:-1]):
       at = lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -62,10 +64,17 @@ class Piece(NamedTuple):
       index = index * np.uint32(size) + at
     return index
 
-  def column_index(self) -> jax.Array:
+  def column_index(self) -> Any:
     """uint32[trailing axis]: likewise for the columns."""
-    index = lax.iota(jnp.uint32, self.array.shape[-1])
-    return index if self.start is None else index + jnp.asarray(self.start[-1], jnp.uint32)
+    size = self.array.shape[-1]
+    if self.start is None:  # a vector's constant would be as long as the vector
+      return _indices(size) if self.array.ndim > 1 else lax.iota(jnp.uint32, size)
+    return lax.iota(jnp.uint32, size) + jnp.asarray(self.start[-1], jnp.uint32)
+
+
+def _indices(size: int) -> Any:
+  """uint32[size]: 0, 1, …, in NumPy where that is not too long, so that what is made of them becomes a constant."""
+  return np.arange(size, dtype=np.uint32) if size <= _TABLE else lax.iota(jnp.uint32, size)
 
 
 class _Plan(NamedTuple):
@@ -99,13 +108,6 @@ def index_hash(index: Any, salt: np.uint32) -> Any:
   """Hashes of the indices (uint32) along one axis, for jax and NumPy arrays."""
   with np.errstate(over="ignore"):
     return mix(mix(index + _GOLDEN) + salt)
-
-
-def _index_table(size: int, salt: np.uint32) -> Any:
-  """uint32[size]: the hashes of 0, 1, …, size - 1."""
-  if size > _TABLE:
-    return index_hash(lax.iota(jnp.uint32, size), salt)
-  return index_hash(np.arange(size, dtype=np.uint32), salt)
 
 
 def _plan(path: str, shape: tuple[int, ...], dim: int, seed: int) -> _Plan:
@@ -151,15 +153,21 @@ def part_of(x: jax.Array, part: int | None, grid: Any) -> jax.Array:
   return (x - coarse if part else coarse).astype(jnp.float32)
 
 
+def _segments(offset: int, size: int, dim: int) -> list[tuple[int, int, int]]:
+  """(place in the sketch, place in the flat sums, length) of the pieces of flat sums that go around the sketch."""
+  done, segments = 0, []
+  while done < size:
+    at = (offset + done) % dim
+    segments.append((at, done, min(dim - at, size - done)))
+    done += segments[-1][2]
+  return segments
+
+
 def _add_flat(row: jax.Array, flat: jax.Array, offset: int) -> jax.Array:
   """Adds `flat` to `row` from `offset` on, around its end as often as need be."""
-  done = 0
-  while done < flat.size:
-    at = (offset + done) % row.size
-    size = min(row.size - at, flat.size - done)
+  for at, done, size in _segments(offset, flat.size, row.size):
     new = lax.slice(row, (at,), (at + size,)) + lax.slice(flat, (done,), (done + size,))
     row = lax.dynamic_update_slice(row, new, (at,))
-    done += size
   return row
 
 
@@ -239,8 +247,8 @@ class _Rows:
 
 def _add_strided(rows: _Rows, group: int, piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> None:
   plan = _plan(piece.path, piece.array.shape, dim, seed)
-  columns = _index_table(plan.columns, plan.key)
-  keys = _index_table(-(-plan.rows // _HASH_ROWS), ~plan.key)
+  columns = index_hash(_indices(plan.columns), plan.key)
+  keys = index_hash(_indices(-(-plan.rows // _HASH_ROWS)), ~plan.key)
   x = piece.array.reshape(plan.rows, plan.columns)
   if plan.rows == 1:
     flat = _flip(part_of(x[0], part, grid), mix(keys[0] ^ columns) << np.uint32(31))
@@ -265,52 +273,83 @@ def _add_strided(rows: _Rows, group: int, piece: Piece, dim: int, seed: int, par
 # ---- indexed form ----
 
 
-def _bucket_sums(x: Any, row: Any, columns: Any, plan: _Plan, most: int, part: Any, grid: Any) -> jax.Array:
-  """float32[g, n]: bucket sums of a block with rows `row`; one contraction gives at most `most` of the g."""
-  bits = mix(index_hash(row >> 5, ~plan.key)[..., None] ^ columns) << (np.uint32(31) - (row & np.uint32(31)))[..., None]
-  signed = _flip(part_of(x, part, grid), bits)
-  leading = tuple(range(row.ndim))
+def _bucket_sums(piece: Piece, plan: _Plan, most: int, part: Any, grid: Any) -> jax.Array:
+  """float32[g, n]: bucket sums of a leaf or block; one contraction gives at most `most` of the g."""
+  x, row = piece.array, piece.row_index()
+  bits = mix(index_hash(row >> 5, ~plan.key)[..., None] ^ jnp.asarray(index_hash(piece.column_index(), plan.key)))
+  signed = _flip(part_of(x, part, grid), bits << (np.uint32(31) - row % np.uint32(_HASH_ROWS))[..., None])
+  leading = tuple(range(x.ndim - 1))
   if plan.buckets == 1:
     return signed.sum(leading)[None]
-  bucket = row // np.uint32(plan.per_bucket) % np.uint32(plan.buckets)
+  bucket = (row // np.uint32(plan.per_bucket) % np.uint32(plan.buckets))[..., None]
   sums = []
   for first in range(0, plan.buckets, most):
     wanted = np.arange(first, min(first + most, plan.buckets), dtype=np.uint32)
-    one_hot = (bucket[..., None] == wanted).astype(jnp.float32)
+    one_hot = (jnp.asarray(bucket) == wanted).astype(jnp.float32)
     sums.append(lax.dot_general(one_hot, signed, ((leading, leading), ((), ())), lax.Precision.HIGHEST))
   return jnp.concatenate(sums)
 
 
-def _chunked_bucket_sums(x: Any, row: Any, columns: Any, plan: _Plan, most: int, part: Any, grid: Any) -> jax.Array:
-  """`_bucket_sums` by blocks of rows, for CPU, whose contractions store their operands; x must not be sharded."""
-  x, row = x.reshape(-1, x.shape[-1]), row.reshape(-1)
-  size = max(1, _CHUNK // x.shape[1])
+def _chunked_bucket_sums(piece: Piece, plan: _Plan, most: int, part: Any, grid: Any) -> jax.Array:
+  """`_bucket_sums` by parts of the first axis, for CPU, whose contractions store their operands."""
+  x, start = piece.array, piece.start or (0,)
+  size = max(1, _CHUNK * x.shape[0] // x.size) if x.ndim > 1 else x.shape[0]
   whole = x.shape[0] // size
-  sums = functools.partial(_bucket_sums, columns=columns, plan=plan, most=most, part=part, grid=grid)
 
-  def add(i: Any, total: jax.Array) -> jax.Array:
-    return total + sums(*(lax.dynamic_slice_in_dim(a, i * size, size) for a in (x, row)))
+  def sums(first: Any, count: int) -> jax.Array:
+    array = lax.dynamic_slice_in_dim(x, first, count)
+    chunk = piece._replace(array=array, start=(start[0] + jnp.asarray(first, jnp.uint32), *start[1:]))
+    return _bucket_sums(chunk, plan, most, part, grid)
 
-  total = sums(x[whole * size :], row[whole * size :])
-  return lax.fori_loop(0, whole, add, total) if whole else total
+  if whole <= 1:
+    return _bucket_sums(piece, plan, most, part, grid)
+  total = sums(whole * size, x.shape[0] - whole * size) if x.shape[0] % size else jnp.zeros(())
+  shape = (plan.buckets, x.shape[-1])
+  return lax.fori_loop(0, whole, lambda i, total: total + sums(i * size, size), jnp.broadcast_to(total, shape))
 
 
-def _add_indexed(row: jax.Array, piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> jax.Array:
-  """Adds the sketch of a leaf or block to `row`."""
+def _indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> tuple[int, jax.Array]:
+  """A place in the sketch, and what a leaf or block adds from there on."""
   piece = piece.placed()
   plan = _plan(piece.path, piece.shape, dim, seed)
-  args = (piece.array, piece.row_index(), index_hash(piece.column_index(), plan.key))
   if piece.start is None:
     # Partitioners sum what each contraction gives: no more than dim numbers, where a leaf is no wider.
-    sums = _bucket_sums(*args, plan, max(1, dim // plan.columns), part, grid)
+    sums = _bucket_sums(piece, plan, max(1, dim // plan.columns), part, grid)
   else:
-    direct = functools.partial(_bucket_sums, plan=plan, most=plan.buckets, part=part, grid=grid)
-    chunked = functools.partial(_chunked_bucket_sums, plan=plan, most=plan.buckets, part=part, grid=grid)
-    sums = lax.platform_dependent(*args, cpu=chunked, default=direct)  # pyright: ignore
+
+    def chunked(array: jax.Array, start: Any, grid: Any) -> jax.Array:
+      return _chunked_bucket_sums(piece._replace(array=array, start=start), plan, plan.buckets, part, grid)
+
+    def direct(array: jax.Array, start: Any, grid: Any) -> jax.Array:
+      return _bucket_sums(piece._replace(array=array, start=start), plan, plan.buckets, part, grid)
+
+    sums = lax.platform_dependent(piece.array, piece.start, grid, cpu=chunked, default=direct)
     if sums.shape[1] < plan.columns:
       at = jnp.asarray(piece.start[-1], jnp.int32)
       sums = lax.dynamic_update_slice_in_dim(jnp.zeros((plan.buckets, plan.columns), jnp.float32), sums, at, 1)
-  return _add_flat(row, sums.reshape(-1), plan.offset)
+  return plan.offset, sums.reshape(-1)
+
+
+def _sum_terms(terms: list[tuple[int, jax.Array]], dim: int) -> jax.Array:
+  """float32[dim]: the sum of terms that begin at given places and go around the end as often as need be."""
+  laps = max(-(-(at + term.size) // dim) for at, term in terms)
+  # Small terms that do not overlap share an array, so that each does not cost a whole one.
+  layers: list[list[tuple[int, jax.Array]]] = []
+  for at, term in sorted(terms, key=lambda term: term[0]):
+    fits = (layer for layer in layers if layer[-1][0] + layer[-1][1].size <= at)
+    layer = next(fits, None) if 4 * term.size < dim else None
+    if layer is None:
+      layers.append([(at, term)])
+    else:
+      layer.append((at, term))
+  total = jnp.zeros((laps * dim,), jnp.float32)
+  for layer in layers:
+    parts, first, end = [], layer[0][0], layer[0][0]
+    for at, term in layer:
+      parts += [jnp.zeros((at - end,), jnp.float32), term] if at > end else [term]
+      end = at + term.size
+    total = total + lax.pad(jnp.concatenate(parts), np.float32(0), ((first, laps * dim - end, 0),))
+  return functools.reduce(jnp.add, (lax.slice(total, (lap * dim,), ((lap + 1) * dim,)) for lap in range(laps)))
 
 
 # ---- both ----
@@ -343,10 +382,11 @@ def count_rows(
     return rows.rows
 
   def indexed(arrays: list[jax.Array], grid: Any) -> list[jax.Array]:
-    rows = [jnp.zeros((dim,), jnp.float32) for _ in range(labels)]
+    terms: list[list[tuple[int, jax.Array]]] = [[] for _ in range(labels)]
     for piece, group, array in zip(pieces, groups, arrays, strict=True):
-      rows[group] = _add_indexed(rows[group], piece._replace(array=array), dim, seed, part, grid)
-    return rows
+      terms[group].append(_indexed_term(piece._replace(array=array), dim, seed, part, grid))
+    rows = [_sum_terms(some, dim) if some else jnp.zeros((dim,), jnp.float32) for some in terms]
+    return lax.optimization_barrier(rows)
 
   arrays = [piece.array for piece in pieces]
   # With several devices leaves may be sharded, which automatic mesh axes do not show while tracing.

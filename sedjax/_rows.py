@@ -177,13 +177,13 @@ def _exact_column(
   members = [list(range(len(tracked)))]
   if config.groups is not None:
     members += [[i for i, t in enumerate(tracked) if layout.group[t] == g] for g in range(len(layout.labels))]
-  zero = jnp.zeros((config.slots,), jnp.float32)
 
   def local(blocks: list[jax.Array], row: list[jax.Array], slot: jax.Array, scales: jax.Array) -> tuple[Any, Any, Any]:
     # Twice the power of two at or below the largest number: scaled rows lie within [-1, 1].
     peaks = jnp.stack([_peak([row[i] for i in group]) for group in members])
     scale = 2 * _gram.power_of_two(_placement.pmax(peaks, layout.axes))
     scales = scales.at[:, slot].set(scale)
+    zero = jnp.zeros((config.slots,), jnp.float32)
     highs, lows, sums = [], [], []
     for g, group in enumerate(members):
       unit = jnp.where(scales[g] > 0, scales[g], 1)

@@ -280,14 +280,8 @@ def observe(
 
 def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState) -> Parts:
   """Refuses a state that another sketch, tree or configuration made; flags what cannot be known while tracing."""
-  shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(functools.partial(init, config), tree))]
-  if [jnp.shape(leaf) for leaf in jax.tree.leaves(state)] != shapes:
-    raise ValueError(_STATE_CHANGED)
-  expected, parts = _map_id(config, layout), unpack(state)
-  if isinstance(state.counters, Tracer):
-    changed = jnp.any(parts.map_id != expected)
-    parts = parts._replace(flags=parts.flags | jnp.where(changed, int(Status.MAP_CHANGED), 0))
-  else:
+  expected, traced = _map_id(config, layout), isinstance(state.counters, Tracer)
+  if not traced:
     found = np.asarray(map_id_of(state))
     if found[4] != expected[4]:
       raise ValueError(TREE_CHANGED)
@@ -297,6 +291,13 @@ def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState)
         f"{tuple(map(int, found[:4]))}, this tracker's sketch is {tuple(map(int, expected[:4]))}; build the tracker "
         "with the former sketch, or call tx.init for a new state."
       )
+  shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(functools.partial(init, config), tree))]
+  if [jnp.shape(leaf) for leaf in jax.tree.leaves(state)] != shapes:
+    raise ValueError(_STATE_CHANGED)
+  parts = unpack(state)
+  if traced:
+    changed = jnp.any(parts.map_id != expected)
+    parts = parts._replace(flags=parts.flags | jnp.where(changed, int(Status.MAP_CHANGED), 0))
   return parts
 
 
