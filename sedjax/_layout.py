@@ -1,4 +1,4 @@
-"""The leaves of a tree of updates: their paths, which read the same in linen, nnx and plain dicts, and their groups."""
+"""The leaves of a tree of updates: their paths, their groups, and how they are split over a mesh."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedjax import _placement
+from sedjax._paths import normalised_paths
 from sedjax._placement import Spec
 
 LABEL_WORDS = 16
@@ -34,42 +35,17 @@ class Layout(NamedTuple):
     return tuple(dict.fromkeys(name for spec in tracked for names in spec for name in names))
 
 
-def _key_name(key: Any) -> str:
-  for attribute in ("key", "name", "idx"):
-    if hasattr(key, attribute):
-      return str(getattr(key, attribute))
-  return str(key)
-
-
-def _is_variable_value(key: Any) -> bool:
-  # nnx shows a variable's content as attribute `value`; a dict entry of that name is a DictKey.
-  return isinstance(key, jax.tree_util.GetAttrKey) and key.name in ("value", "raw_value")
-
-
-def normalised_paths(key_paths: list[tuple[Any, ...]]) -> tuple[str, ...]:
-  """Joins key paths with '/', without linen's common first 'params' and nnx's last '.value'.
-
-  Raises:
-    ValueError: two leaves would have one path, which would give them the same random signs.
-  """
-  names = []
-  for keys in key_paths:
-    if keys and _is_variable_value(keys[-1]):
-      keys = keys[:-1]
-    names.append(tuple(_key_name(key) for key in keys))
-  if names and all(len(name) > 1 and name[0] == "params" for name in names):
-    names = [name[1:] for name in names]
-  paths = tuple("/".join(name) for name in names)
-  if len(set(paths)) < len(paths):
-    twice = sorted({path for path in paths if paths.count(path) > 1})
-    raise ValueError(f"sedjax: two leaves have the same path {twice[0]!r}; rename one, since paths select the sketch.")
-  return paths
-
-
 def is_inexact(leaf: Any) -> bool:
   """Whether a leaf holds floats or complex floats (integers, booleans, float0 and PRNG keys do not)."""
   dtype = getattr(leaf, "dtype", None)
   return jnp.issubdtype(dtype if dtype is not None else np.result_type(leaf), jnp.inexact)
+
+
+def shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
+  """Shapes of a tree's leaves by their normalised paths."""
+  with_paths = jax.tree_util.tree_leaves_with_path(tree)
+  paths = normalised_paths([path for path, _ in with_paths])
+  return {path: np.shape(leaf) for path, (_, leaf) in zip(paths, with_paths, strict=True)}
 
 
 def layout_of(

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sedjax._paths import normalised_paths
+
 Spec = tuple[tuple[str, ...], ...]  # by dimension, the mesh axes over which it is split
 
 
@@ -65,47 +67,92 @@ def whole_shape(shape: tuple[int, ...], spec: Spec) -> tuple[int, ...]:
   )
 
 
-def infer_specs(blocks: Mapping[str, tuple[int, ...]], wholes: Mapping[str, tuple[int, ...]], names: Sequence[str]):
-  """Finds which dimensions of which leaves are split over which axes from the shapes of blocks and of whole leaves.
+def _split(block: tuple[int, ...], whole: tuple[int, ...], sizes: Mapping[str, int]) -> list[Spec]:
+  """All ways to split a leaf of shape `whole` into blocks of shape `block` over different axes of these sizes."""
+  if len(block) != len(whole):
+    return []
+  if not block:
+    return [()]
+  found = []
+  for chosen in range(2 ** len(sizes)):
+    names = tuple(name for i, name in enumerate(sizes) if chosen >> i & 1)
+    if math.prod(sizes[name] for name in names) * block[0] == whole[0] and all(sizes[name] > 1 for name in names):
+      left = {name: size for name, size in sizes.items() if name not in names}
+      found += [(names, *rest) for rest in _split(block[1:], whole[1:], left)]
+  return found
 
-  Args:
-    blocks, wholes: shapes by path.
-    names: the mesh axes.
 
-  Returns:
-    dict from path to `Spec`.
+class Blocks:
+  """How the blocks that `update` is given inside a `jax.shard_map` lie in the parameters: the option `axis_name`."""
 
-  Raises:
-    ValueError: the shapes fit no split or several different ones.
-  """
-  sizes = axis_sizes(names)
-
-  def splits(factors: tuple[int, ...], left: tuple[str, ...]) -> list[Spec]:
-    """All ways to write each factor as a product of the sizes of different axes, in the axes' order."""
-    if not factors:
-      return [()]
-    found = []
-    for chosen in range(2 ** len(left)):
-      part = tuple(name for i, name in enumerate(left) if chosen >> i & 1)
-      if math.prod(sizes[name] for name in part) == factors[0] and all(sizes[name] > 1 for name in part):
-        rest = tuple(name for name in left if name not in part)
-        found += [(part, *more) for more in splits(factors[1:], rest)]
-    return found
-
-  specs = {}
-  for path, block in blocks.items():
-    whole = wholes[path]
-    fits = len(block) == len(whole) and all(b > 0 and w % b == 0 for b, w in zip(block, whole, strict=True) if w)
-    factors = tuple(w // b if b else 1 for b, w in zip(block, whole, strict=True)) if fits else ()
-    found = splits(factors, tuple(names)) if fits else []
-    if len(found) != 1:
-      reason = "fit no split" if not found else f"fit {len(found)} different splits"
+  def __init__(self, axis_name: Any):
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    self._names: tuple[str, ...] = ()
+    self._specs: dict[str, Any] | None = None
+    self._wholes: dict[frozenset[str], dict[str, tuple[int, ...]]] = {}  # as tx.init saw them, by their paths
+    if isinstance(names, tuple) and names and all(isinstance(name, str) for name in names):
+      self._names = names
+      return
+    with_paths = jax.tree_util.tree_leaves_with_path(axis_name, is_leaf=lambda x: isinstance(x, jax.P))
+    if not with_paths or not all(path and isinstance(spec, jax.P) for path, spec in with_paths):
       raise ValueError(
-        f"track_spectral_edge: the block {block} of leaf {path!r} of shape {whole} (as tx.init saw it) {reason} over "
-        f"the mesh axes {sizes}; give axis_name=specs, the tree of PartitionSpecs of the parameters."
+        "track_spectral_edge: axis_name must be None, the name of a mesh axis, a tuple of names or the tree of the "
+        f"parameters' PartitionSpecs, got {axis_name!r}."
       )
-    specs[path] = found[0]
-  return specs
+    self._specs = dict(zip(normalised_paths([path for path, _ in with_paths]), (s for _, s in with_paths), strict=True))
+    axes = (name for spec in self._specs.values() for names in normalised(spec, len(spec)) for name in names)
+    self._names = tuple(dict.fromkeys(axes))
+
+  def _given(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Spec]:
+    specs = self._specs or {}
+    missing = sorted(shapes.keys() - specs.keys())
+    if missing:
+      raise ValueError(
+        f"track_spectral_edge: axis_name has no PartitionSpec for leaf {missing[0]!r}; its leaves are "
+        f"{sorted(specs)[:4]}…, give the tree of the parameters' PartitionSpecs."
+      )
+    return {path: normalised(specs[path], len(shape)) for path, shape in shapes.items()}
+
+  def specs_at_init(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Spec] | None:
+    """None where whole parameters are given, outside of a shard_map; remembers their shapes."""
+    try:
+      axis_sizes(self._names)
+    except ValueError:
+      self._wholes[frozenset(shapes)] = dict(shapes)
+      return None
+    if self._specs is None:
+      raise ValueError(
+        f"track_spectral_edge: tx.init was called inside a shard_map over {self._names}, where axis_name={self._names} "
+        "does not tell the parameters' shapes; call it outside, or give axis_name=specs, the tree of PartitionSpecs."
+      )
+    return self._given(shapes)
+
+  def specs(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Spec]:
+    """How the blocks of these shapes are split.
+
+    Raises:
+      ValueError: outside of a shard_map over the axes; or the shapes fit no split of the leaves that init saw, or
+        several.
+    """
+    sizes = axis_sizes(self._names)
+    if self._specs is not None:
+      return self._given(shapes)
+    wholes = self._wholes.get(frozenset(shapes))
+    if wholes is None:
+      raise ValueError(
+        "track_spectral_edge: with axis_name, call tx.init with the whole parameters first (jax.eval_shape will do), "
+        "or give axis_name=specs, the tree of their PartitionSpecs."
+      )
+    specs = {}
+    for path, block in shapes.items():
+      found = _split(block, wholes[path], sizes)
+      if len(found) != 1:
+        raise ValueError(
+          f"track_spectral_edge: the block {block} of leaf {path!r} of shape {wholes[path]} (as tx.init saw it) fits "
+          f"{len(found) or 'no'} splits over the mesh axes {sizes}; give axis_name=specs, the tree of PartitionSpecs."
+        )
+      specs[path] = found[0]
+    return specs
 
 
 def block_start(shape: tuple[int, ...], spec: Spec) -> tuple[Any, ...]:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from sedjax import core
-from sedjax._layout import layout_of, tree_id
+from sedjax import _placement, core
+from sedjax._layout import layout_of, shapes_by_path, tree_id
 from sedjax._types import Report
 
 
@@ -29,6 +29,7 @@ def track_spectral_edge(
   source: str = "updates",
   momentum: float = 0.0,
   history: int = 0,
+  axis_name: Any = None,
   name: str = "spectral_edge",
 ) -> optax.GradientTransformationExtraArgs:
   """Watches the updates that pass, and leaves them as they are.
@@ -50,6 +51,10 @@ def track_spectral_edge(
       (k-1)n+1 … kn is seen at step kn+1, since a chain is given the parameters from before the step.
     momentum: float in [0, 1), β₁ of the optimizer: noise of that correlation is what an edge must exceed.
     history: int >= 0, so many past reports are kept on the device; see `get_history`.
+    axis_name: inside a `jax.shard_map` whose blocks update is given: the mesh axes over which the parameters are split,
+      a name or a tuple of names (which dimensions are split is found by comparing shapes with those that tx.init saw,
+      outside of the shard_map), or a tree of the parameters' PartitionSpecs. Elsewhere None: shardings over explicit
+      mesh axes are known, and XLA cares for automatic ones.
     name: tells two trackers in one optimizer apart.
 
   Returns:
@@ -78,19 +83,23 @@ def track_spectral_edge(
   if not isinstance(name, str) or not name:
     raise ValueError(f"track_spectral_edge: name must be a non-empty string, got {name!r}.")
 
+  blocks = _placement.Blocks(axis_name) if axis_name is not None else None
+
   # A traced state cannot tell which tree it belongs to, so that the trees that init saw are remembered here.
   seen: set[int] = set()
 
   def init_fn(params: Any) -> SpectralEdgeState:
-    seen.add(tree_id(layout_of(params, groups)))
-    return SpectralEdgeState({name: core.init(config, params)})
+    specs = blocks.specs_at_init(shapes_by_path(params)) if blocks else None
+    seen.add(tree_id(layout_of(params, groups, specs)))
+    return SpectralEdgeState({name: core.init(config, params, specs)})
 
   def update_fn(
     updates: Any, state: Any, params: Any = None, *, sed_step: Any = None, **extra_args: Any
   ) -> tuple[Any, Any]:
     del extra_args
     watched = params if source == "params" and params is not None else updates
-    if seen and tree_id(layout_of(watched, groups)) not in seen:
+    specs = blocks.specs(shapes_by_path(watched)) if blocks else None
+    if seen and tree_id(layout_of(watched, groups, specs)) not in seen:
       raise ValueError(core.TREE_CHANGED)
     if not isinstance(state, SpectralEdgeState) or name not in state.trackers:
       found = f"a state of trackers {list(state.trackers)}" if isinstance(state, SpectralEdgeState) else type(state)
@@ -99,7 +108,7 @@ def track_spectral_edge(
         "tx.update returned, or sedjax.migrate it to this optimizer."
       )
     with jax.named_scope("sedjax"):
-      tracker = core.observe(config, state.trackers[name], updates, params, sed_step)
+      tracker = core.observe(config, state.trackers[name], updates, params, sed_step, specs)
     return updates, SpectralEdgeState({name: tracker})
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from sedjax import _placement
 from sedjax._config import Config as Config
 from sedjax._count import later_than
 from sedjax._layout import LABEL_WORDS, Layout, decode_label, encode_label, layout_of, tree_id
@@ -34,6 +35,10 @@ TREE_CHANGED = (
 _STATE_CHANGED = (
   "track_spectral_edge: the state was made by a tracker of other arguments (window, sketch, groups, source, history) "
   "or for other parameters; carry it over with sedjax.migrate(state, tx.init(params)), or go on with tx.init(params)."
+)
+_NOT_SHARDED = (
+  "track_spectral_edge: the exact rows in the state are not sharded as the parameters are; make the state with "
+  "tx.init(params) of parameters that are sharded as in update, or give jax.shard_map the spec P(None, *spec) for each."
 )
 _INT_MAX = np.iinfo(np.int32).max
 
@@ -56,12 +61,13 @@ def _map_id(config: Config, layout: Layout) -> np.ndarray:
   return np.asarray((*config.sketch.sketch_id, tree_id(layout)), np.int32)
 
 
-def init(config: Config, params: Any) -> TrackerState:
+def init(config: Config, params: Any, specs: Mapping[str, Spec] | None = None) -> TrackerState:
   """The state before the first update.
 
   Args:
     config: what to measure.
-    params: tree of arrays or of `jax.ShapeDtypeStruct`; only paths, shapes and dtypes are used.
+    params: tree of arrays or of `jax.ShapeDtypeStruct`; only paths, shapes, dtypes and shardings are used.
+    specs: see `observe`; None also where the whole parameters are given, outside of the `jax.shard_map`.
 
   Returns:
     A `TrackerState` of zeros.
@@ -69,7 +75,7 @@ def init(config: Config, params: Any) -> TrackerState:
   Raises:
     ValueError: `config.groups` fails on a path, or two leaves share a path.
   """
-  layout = layout_of(params, config.groups)
+  layout = layout_of(params, config.groups, specs)
   named = layout.labels if config.groups is not None else ()
   slots, groups = config.slots, 1 + len(named)
   parts = Parts(
@@ -291,9 +297,16 @@ def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState)
         f"{tuple(map(int, found[:4]))}, this tracker's sketch is {tuple(map(int, expected[:4]))}; build the tracker "
         "with the former sketch, or call tx.init for a new state."
       )
-  shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(functools.partial(init, config), tree))]
+  expected_state = jax.eval_shape(functools.partial(init, config), tree)
+  shapes = [leaf.shape for leaf in jax.tree.leaves(expected_state)]
   if [jnp.shape(leaf) for leaf in jax.tree.leaves(state)] != shapes:
-    raise ValueError(_STATE_CHANGED)
+    wholes = [shape for shape, group in zip(layout.shapes, layout.group, strict=True) if group is not None]
+    found = [jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(state.rows)]
+    raise ValueError(_NOT_SHARDED if config.exact and layout.axes and found == wholes else _STATE_CHANGED)
+  if config.exact and layout.mesh is not None:
+    for ring, wanted in zip(jax.tree.leaves(state.rows), jax.tree.leaves(expected_state.rows), strict=True):
+      if _placement.explicit_spec(ring)[0] != _placement.explicit_spec(wanted)[0]:
+        raise ValueError(_NOT_SHARDED)
   parts = unpack(state)
   if traced:
     changed = jnp.any(parts.map_id != expected)
