@@ -2,6 +2,8 @@
 
 from sedjax import core as core
 from sedjax import sketch as sketch
+from sedjax._cost import Cost as Cost
+from sedjax._cost import check_cost as check_cost
 from sedjax._migrate import migrate as migrate
 from sedjax._transform import SpectralEdgeState as SpectralEdgeState
 from sedjax._transform import get_history as get_history
@@ -15,10 +17,12 @@ from sedjax._types import explain as explain
 
 __version__ = "0.1.0"
 __all__ = [
+  "Cost",
   "Phase",
   "Report",
   "SpectralEdgeState",
   "Status",
+  "check_cost",
   "core",
   "explain",
   "get_history",

@@ -308,11 +308,20 @@ def _chunked_bucket_sums(piece: Piece, plan: _Plan, most: int, part: Any, grid: 
   return lax.fori_loop(0, whole, lambda i, total: total + sums(i * size, size), jnp.broadcast_to(total, shape))
 
 
+def _gathered(vector: jax.Array) -> jax.Array:
+  """Asks for a vector on every device of a mesh of automatic axes, where its pieces would be sent around one by one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  automatic = not mesh.empty and all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+  return lax.with_sharding_constraint(vector, jax.P()) if automatic else vector
+
+
 def _indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> tuple[int, jax.Array]:
   """A place in the sketch, and what a leaf or block adds from there on."""
   piece = piece.placed()
   plan = _plan(piece.path, piece.shape, dim, seed)
   if piece.start is None:
+    if plan.rows == 1 and plan.columns <= dim:
+      piece = piece._replace(array=_gathered(piece.array))
     # Partitioners sum what each contraction gives: no more than dim numbers, where a leaf is no wider.
     sums = _bucket_sums(piece, plan, max(1, dim // plan.columns), part, grid)
   else:

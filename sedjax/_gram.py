@@ -71,17 +71,17 @@ def psum_pairs(pairs: jax.Array, others: jax.Array, axes: tuple[str, ...]) -> tu
   unit = power_of_two(jax.lax.pmax(jnp.max(jnp.abs(pairs[0])), axes)) * 2
   unit = jnp.where(unit > 0, unit, 1)
   high, low = pairs / unit
-  limbs = []
-  for i in range(1, 4):
-    limbs.append(jnp.round(high * np.float32(2.0 ** (12 * i))))
-    high = high - limbs[-1] * np.float32(2.0 ** (-12 * i))
-  parts = jnp.concatenate([jnp.stack([*limbs, high + low]).reshape(-1), others.reshape(-1)])
+  first = jnp.round(high * np.float32(2.0**12))
+  high = high - first * np.float32(2.0**-12)
+  second = jnp.round(high * np.float32(2.0**24))
+  rest = high - second * np.float32(2.0**-24) + low
+  parts = jnp.concatenate([first.reshape(-1), second.reshape(-1), rest.reshape(-1), others.reshape(-1)])
   parts = jax.lax.psum(parts, axes)
-  *limbs, rest = parts[: 4 * high.size].reshape(4, *high.shape)
-  total = (rest, jnp.zeros_like(rest))
-  for i in (3, 2, 1):
-    total = add_pairs((limbs[i - 1] * np.float32(2.0 ** (-12 * i)), jnp.zeros_like(rest)), total)
-  return jnp.stack(total) * unit, parts[4 * high.size :].reshape(others.shape)
+  first, second, rest = parts[: 3 * rest.size].reshape(3, *rest.shape)
+  zero = jnp.zeros_like(rest)
+  total = add_pairs((second * np.float32(2.0**-24), zero), (rest, zero))
+  total = add_pairs((first * np.float32(2.0**-12), zero), total)
+  return jnp.stack(total) * unit, parts[3 * rest.size :].reshape(others.shape)
 
 
 def plain_dot(rows: jax.Array, row: jax.Array) -> jax.Array:

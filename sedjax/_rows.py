@@ -66,10 +66,11 @@ def _sketch_row(config: Config, layout: Layout, part: int | None = None, grid: A
         piece = piece._replace(start=(0,) * extra + start, shape=(2,) * extra + layout.shapes[i])
       pieces.append(piece)
       groups.append(int(layout.group[i] or 0) + labels * silent.index(_speaks(layout, i)))
-    rows = jnp.stack(config.sketch.rows(pieces, groups, labels * len(silent), part, grid))
-    rows = rows.reshape(len(silent), labels, config.sketch.dim)
-    first = [_placement.is_first(axes) for axes in silent]
-    return _placement.psum(sum(jnp.where(f, row, 0) for f, row in zip(first, rows, strict=True)), layout.axes)
+    rows = config.sketch.rows(pieces, groups, labels * len(silent), part, grid)
+    speaks = [_placement.is_first(axes) for axes in silent for _ in range(labels)]
+    rows = [jnp.where(speaking, row, 0) for speaking, row in zip(speaks, rows, strict=True)]
+    rows = [functools.reduce(jnp.add, rows[label::labels]) for label in range(labels)]
+    return jnp.stack(_placement.psum(rows, layout.axes))
 
   grid = jnp.float32(1) if grid is None else grid
   return _locally(layout, local, [[layout.leaves[i] for i in tracked]], grid)

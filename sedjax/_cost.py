@@ -1,0 +1,209 @@
+"""What a tracker costs on a given mesh, read off the compiled program."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+
+from sedjax import _placement
+from sedjax._transform import SpectralEdgeState
+
+_MIB = 2**20
+_TEMPORARIES = 16 * _MIB
+# Bytes that one read of the updates may cost: the sketch and the ring are read and written as well.
+_READS = 1.05
+# On a mesh each device has its share of the leaves' numbers, but all of their sketches: so often these may be touched.
+_SKETCH_PASSES = 4
+_COLLECTIVES = (
+  "all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter|ragged-all-to-all"
+)
+_COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?%?\S+ = (.*?) ({_COLLECTIVES})(?:-start)?\(", re.MULTILINE)
+_HOST = re.compile(r" (infeed|outfeed|send|recv)\(|custom_call_target=\"([^\"]*callback[^\"]*)\"")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What one update of a tracker costs each device, from `check_cost`; `print` says it in words.
+
+  Attributes:
+    platform: "cpu", "gpu" or "tpu".
+    update_bytes: bytes of the device's share of the updates (of the parameters, where those are read).
+    bytes_accessed: bytes that the compiler counts as read and written, in caches or memory.
+    bytes_allowed: bytes that may be: 1.05 times the updates', and on a mesh four times the sketch of each leaf.
+    temporaries: bytes of temporary arrays alive at once.
+    state_bytes: bytes of the device's share of the tracker's state.
+    state_limit: bytes that the state may take: (W + 3)·d·4 for each group, its history and 64 KiB; for exact rows
+      (W + 3) times the updates in float32 instead.
+    collectives: (kind, numbers that it gives) of every array that a collective communicates.
+    largest_allowed: numbers that one collective may give: the sketch's dimension d, or what a Gram column needs.
+    total_allowed: numbers that all collectives together may give, where shardings are known while tracing; else None.
+    host_calls: what calls the host.
+  """
+
+  platform: str
+  update_bytes: int
+  bytes_accessed: float
+  bytes_allowed: float
+  temporaries: int
+  state_bytes: int
+  state_limit: int
+  collectives: tuple[tuple[str, int], ...]
+  largest_allowed: int
+  total_allowed: int | None
+  host_calls: tuple[str, ...]
+
+  def broken(self) -> tuple[str, ...]:
+    """The promises that do not hold, one sentence each."""
+    largest = max((numbers for _, numbers in self.collectives), default=0)
+    total = sum(numbers for _, numbers in self.collectives)
+    found = []
+    if self.platform == "tpu" and self.bytes_accessed > self.bytes_allowed:
+      found.append(f"It accesses {self.bytes_accessed / max(self.update_bytes, 1):.2f} times the bytes of the updates.")
+    if self.temporaries > _TEMPORARIES:
+      found.append(f"Its temporaries take {self.temporaries / _MIB:.1f} MiB, more than {_TEMPORARIES // _MIB}.")
+    if self.state_bytes > self.state_limit:
+      found.append(f"The state takes {self.state_bytes} bytes, more than {self.state_limit}.")
+    if largest > self.largest_allowed:
+      found.append(f"A collective moves {largest} numbers, more than {self.largest_allowed}.")
+    if self.total_allowed is not None and total > self.total_allowed:
+      found.append(f"All collectives together move {total} numbers, more than {self.total_allowed}.")
+    if self.host_calls:
+      found.append(f"It calls the host: {', '.join(self.host_calls)}.")
+    return tuple(found)
+
+  def __str__(self) -> str:
+    kinds = {kind: [n for k, n in self.collectives if k == kind] for kind, _ in self.collectives}
+    moved = ", ".join(f"{len(n)} {kind} of {max(n)} numbers at most" for kind, n in kinds.items()) or "none"
+    kept = "The promise holds: nothing large is moved or kept"
+    # Other compilers count what goes through caches too, which is no measure of how often memory is read.
+    kept += ", and the updates are read about once." if self.platform == "tpu" else "; to know the time, measure it."
+    lines = [
+      f"On each {self.platform} device, one update of {self.update_bytes / _MIB:.1f} MiB:",
+      f"  accesses {self.bytes_accessed / max(self.update_bytes, 1):.3f} times its bytes, as the compiler counts",
+      f"  temporaries {self.temporaries / _MIB:.2f} MiB, state {self.state_bytes / _MIB:.2f} MiB",
+      f"  collectives: {moved}",
+      *(self.broken() or (kept,)),
+    ]
+    return "\n".join(lines)
+
+
+def _share(leaf: Any) -> int:
+  """Numbers of a leaf that one device holds."""
+  sharding = getattr(leaf, "sharding", None)
+  shape = sharding.shard_shape(leaf.shape) if isinstance(sharding, jax.sharding.Sharding) else leaf.shape
+  return math.prod(shape)
+
+
+def _nbytes(tree: Any) -> int:
+  return sum(_share(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def collectives_of(program: str) -> tuple[tuple[str, int], ...]:
+  """(kind, numbers) of every array that a collective of an HLO text gives."""
+  found = []
+  for shapes, kind in _COLLECTIVE.findall(program):
+    sizes = re.findall(r"\w+\[([\d,]*)\]", shapes)
+    found += [(kind, math.prod(int(d) for d in dims.split(",") if d)) for dims in sizes]
+  return tuple(found)
+
+
+def check_cost(tx: Any, params: Any, *, specs: Any = None) -> Cost:
+  """Compiles one update of a tracker for given parameters, and says whether it costs what it should.
+
+  Args:
+    tx: a `track_spectral_edge(…)`, by itself.
+    params: tree of arrays, or of `jax.ShapeDtypeStruct` with shardings; nothing is allocated or run. Devices may be
+      those of `jax.experimental.topologies`, such as TPUs that are not there.
+    specs: the tree of the parameters' PartitionSpecs, for a tracker with `axis_name`: update is then compiled inside
+      a `jax.shard_map` over the mesh of `params`.
+
+  Returns:
+    A `Cost`.
+
+  Raises:
+    ValueError: `tx` is no tracker by itself, or `specs` is given for parameters without a mesh.
+
+  Cost: one compilation, some seconds.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, sedjax
+    >>> params = {"w": jax.ShapeDtypeStruct((512, 256), jnp.float32)}
+    >>> cost = sedjax.check_cost(sedjax.track_spectral_edge(window=10), params)
+    >>> cost.broken()
+    ()
+  """
+  params = jax.tree.map(_abstract, params)
+  meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(params) if isinstance(leaf.sharding, jax.NamedSharding)]
+  mesh: Any = meshes[0] if meshes else None
+  if specs is not None and mesh is None:
+    raise ValueError("sedjax.check_cost: specs needs params with NamedShardings, got none; give them their shardings.")
+  with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    return _check(tx, params, mesh, specs)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def _check(tx: Any, params: Any, mesh: Any, specs: Any) -> Cost:
+  state = jax.eval_shape(tx.init, params)
+  if not isinstance(state, SpectralEdgeState):
+    raise ValueError(
+      f"sedjax.check_cost: expected track_spectral_edge(…) by itself, got a transformation with state {type(state)}; "
+      "check the tracker without the chain around it."
+    )
+  (tracker,) = state.trackers.values()
+  exact = not isinstance(tracker.rows, jax.ShapeDtypeStruct)
+  row_spec = lambda leaf: jax.P(None, *leaf.sharding.spec)  # noqa: E731
+  split = jax.tree.map(row_spec, params) if exact and mesh is not None else jax.P()
+  state_specs = jax.tree.map(lambda _: jax.P(), state)
+  if exact and mesh is not None:
+    base = split if tracker.base else ()
+    named = {name: old._replace(rows=split, base=base) for name, old in state_specs.trackers.items()}
+    state_specs = SpectralEdgeState(named)
+
+  def update(updates: Any, state: Any, params: Any) -> Any:
+    return tx.update(updates, state, params)[1]  # the updates pass untouched, in place where they are donated
+
+  if specs is not None:
+    in_specs = (specs, state_specs, specs)
+    update = jax.shard_map(update, mesh=mesh, in_specs=in_specs, out_specs=state_specs, check_vma=False)
+  place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+  if mesh is not None:
+    state = jax.tree.map(lambda leaf, spec: place(leaf, jax.NamedSharding(mesh, spec)), state, state_specs)
+  else:
+    single = {leaf.sharding for leaf in jax.tree.leaves(params)} - {None}
+    state = jax.tree.map(lambda leaf: place(leaf, next(iter(single), None)), state)
+  lowered = jax.jit(update, donate_argnums=1).lower(params, state, params)
+  devices = {device for leaf in jax.tree.leaves(params) if leaf.sharding for device in leaf.sharding.device_set}
+  platform = next(iter(devices or set(jax.devices()))).platform
+  # Prefetches are copies between memories of one device, which would be counted as accesses.
+  compiled = lowered.compile({"xla_msa_max_outstanding_prefetches": "0"} if platform == "tpu" else None)
+  analysis: Any = compiled.cost_analysis() or {}
+  analysis = analysis[0] if isinstance(analysis, list) else analysis
+  memory: Any = compiled.memory_analysis()
+  program = compiled.as_text() or ""
+  slots, groups = tracker.facts.shape[-2], tracker.facts.shape[-3]
+  dim = 0 if exact else tracker.rows.shape[-1]
+  labels = 0 if exact else tracker.rows.shape[-2]
+  known = specs is not None or any(_placement.explicit_spec(leaf)[1] for leaf in jax.tree.leaves(params))
+  row = sum(4 * _share(leaf) for leaf in jax.tree.leaves(params)) if exact else 4 * dim * labels
+  passes = 0 if mesh is None else _SKETCH_PASSES * 4 * dim * len(jax.tree.leaves(params))
+  return Cost(
+    platform=platform,
+    update_bytes=_nbytes(params),
+    bytes_accessed=float(analysis.get("bytes accessed", 0)),
+    bytes_allowed=_READS * _nbytes(params) + passes,
+    temporaries=int(memory.temp_size_in_bytes),
+    state_bytes=_nbytes(state),
+    state_limit=(slots + 2) * row + _nbytes(tracker.history) + 2**16,
+    collectives=collectives_of(program),
+    largest_allowed=slots**2 * groups if exact else dim,
+    total_allowed=2 * dim * labels + slots**2 * groups if known else None,
+    host_calls=tuple(sorted({a or b for a, b in _HOST.findall(program)})),
+  )

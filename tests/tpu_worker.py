@@ -1,0 +1,97 @@
+"""Compiles `observe` on GPT-2 124M for TPUs with libtpu, and prints what the compiler says as one JSON.
+
+It runs in a process of its own, since libtpu takes the XLA_FLAGS of the other tests for errors.
+"""
+
+import json
+import os
+import re
+
+# libtpu looks for a machine's metadata unless it is told what it would find.
+os.environ |= {
+  "JAX_PLATFORMS": "cpu",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+import sedjax
+
+P = jax.P
+LARGE = ("[50257,768]", "[768,3072]", "[3072,768]", "[768,2304]")
+
+
+def gpt2(width=768, layers=12, vocab=50257):
+  """Shapes of GPT-2 124M, biases and norms included, and how they are split over the axes "data" and "model"."""
+  vector, matrix = P(None), P(None, None)
+  norm = {"scale": ((width,), vector), "bias": ((width,), vector)}
+
+  def linear(rows, columns, spec):
+    return {"kernel": ((rows, columns), spec), "bias": ((columns,), P(spec[1]))}
+
+  tree = {"wte": ((vocab, width), matrix), "wpe": ((1024, width), matrix), "ln_f": norm}
+  for i in range(layers):
+    tree[f"block_{i}"] = {
+      "ln_1": norm,
+      "ln_2": norm,
+      "qkv": linear(width, 3 * width, P("data", "model")),
+      "out": linear(width, width, P("model", "data")),
+      "up": linear(width, 4 * width, P("data", "model")),
+      "down": linear(4 * width, width, P("model", "data")),
+    }
+  return tree
+
+
+def abstract(place):
+  def leaf(pair):
+    return jax.ShapeDtypeStruct(pair[0], jnp.float32, sharding=place(pair[1]))
+
+  return jax.tree.map(leaf, gpt2(), is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[1], jax.P))
+
+
+def cost_of(params):
+  cost = sedjax.check_cost(sedjax.track_spectral_edge(window=10), params)
+  return {
+    "platform": cost.platform,
+    "reads": cost.bytes_accessed / cost.update_bytes,
+    "update_bytes": cost.update_bytes,
+    "temporaries": cost.temporaries,
+    "largest_collective": max((n for _, n in cost.collectives), default=0),
+    "all_collectives": sum(n for _, n in cost.collectives),
+    "broken": cost.broken(),
+  }
+
+
+def program_of(one):
+  params, config = abstract(lambda _: one), sedjax.core.Config(window=10)
+  state = jax.eval_shape(lambda: sedjax.core.init(config, params))
+  state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state)
+  observe = jax.jit(lambda state, updates: sedjax.core.observe(config, state, updates), donate_argnums=0)
+  return observe.lower(state, params).compile().as_text()
+
+
+def main():
+  topology = topologies.get_topology_desc("v5e:2x4", platform="tpu")
+  one = jax.sharding.SingleDeviceSharding(topology.devices[0])
+  text = program_of(one)
+  loops = [line for line in text.splitlines() if re.search(r" (while|scatter)\(", line)]
+  found = {
+    "one": cost_of(abstract(lambda _: one)),
+    "float64": "f64[" in text,
+    "callback": "callback" in text,
+    "large_loops": [line for line in loops if any(shape in line for shape in LARGE)],
+  }
+  for kind in ("Explicit", "Auto"):
+    types = (jax.sharding.AxisType[kind],) * 2
+    mesh = topologies.make_mesh(topology, (2, 4), ("data", "model"))
+    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+    found[kind] = cost_of(abstract(lambda spec, mesh=mesh: jax.NamedSharding(mesh, spec)))
+  print(json.dumps(found))
+
+
+if __name__ == "__main__":
+  main()
