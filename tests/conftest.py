@@ -8,7 +8,11 @@ import os
 QUICK = (
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+# Eight devices on a busy machine of few cores may wait long for each other.
+PATIENT = (
+  "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK} {PATIENT}"
 
 import jax  # noqa: E402 - reads XLA_FLAGS
 

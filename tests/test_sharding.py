@@ -1,0 +1,358 @@
+"""Sharded parameters: the same reports, and nothing larger than the sketch between devices.
+
+Leaves are sketched where they lie, whatever the layout. Over explicit axes and inside shard_map
+one all-reduce adds the sketches up; over automatic axes XLA's partitioner decides, and gives d numbers at a time.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+import sedjax
+from sedjax import _count, _placement
+from sedjax._cost import collectives_of
+
+P = jax.P
+DIM = 4096
+SHAPES = {
+  "embed": (5024, 48),  # over 8: 628 rows, no multiple of 32
+  "up": (96, 384),  # over 8: 12 rows, or 48 columns
+  "down": (384, 96),
+  "bias": (384,),
+  "norm": (96,),
+  "stack": (8, 40, 56),
+  "conv": (3, 3, 8, 16),
+  "odd": (7, 64),
+  "scale": (),
+}
+REPLICATED = {name: P() for name in SHAPES}
+LAYOUTS = {
+  "fsdp": {**REPLICATED, **{name: P(("x", "y")) for name in ("embed", "up", "down", "bias", "norm", "stack")}},
+  "leading": {**REPLICATED, "embed": P("x"), "up": P("x"), "down": P("x"), "stack": P(None, "x")},
+  "trailing": {
+    **REPLICATED,
+    **{name: P(None, "x") for name in ("embed", "up", "down", "odd")},
+    "bias": P("x"),
+    "stack": P(None, None, "x"),
+    "conv": P(None, None, None, "x"),
+  },
+  "both": {**REPLICATED, "embed": P("x", "y"), "up": P("y", "x"), "down": P("x", "y"), "conv": P(None, None, "y", "x")},
+  "stacked": {**REPLICATED, "stack": P(("x", "y"))},
+  "replicated": REPLICATED,
+}
+RNG = np.random.default_rng(0)
+STEPS = [{name: RNG.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()} for _ in range(5)]
+
+
+def mesh_of(kind):
+  return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+
+
+def tracker(sketch, **options):
+  return sedjax.track_spectral_edge(3, sketch=sketch, **options)
+
+
+@functools.cache
+def unsharded(sketch, grouped):
+  tx = tracker(sketch, groups=by_name if grouped else None)
+  state, update = tx.init(STEPS[0]), jax.jit(tx.update)
+  for step in STEPS:
+    _, state = update(step, state)
+  return jax.device_get(sedjax.get_reports(state))
+
+
+def by_name(path):
+  return "mlp" if path in ("up", "down", "bias") else "rest"
+
+
+def assert_same(reports, expected):
+  np.testing.assert_allclose(reports.singular_values, expected.singular_values, rtol=1e-5)
+  np.testing.assert_allclose(reports.gap_ratio, expected.gap_ratio, rtol=1e-4)
+  for name in ("k_star", "phase", "count", "status"):
+    np.testing.assert_array_equal(getattr(reports, name), getattr(expected, name))
+
+
+def place(step, layout, mesh):
+  return {name: jax.device_put(x, jax.NamedSharding(mesh, layout[name])) for name, x in step.items()}
+
+
+def state_specs(state, layout):
+  """Of a tracker's state inside a shard_map: exact rows are split as the parameters are, all else is replicated."""
+  specs = jax.tree.map(lambda _: P(), state)
+  old = specs.trackers["spectral_edge"]
+  if isinstance(old.rows, dict):
+    old = old._replace(rows={name: P(None, *spec) for name, spec in layout.items()})
+  return sedjax.SpectralEdgeState({"spectral_edge": old})
+
+
+def run(update, state, layout, mesh):
+  """Five steps through one compiled program: the last reports, and its HLO."""
+  program = jax.jit(update).lower(place(STEPS[0], layout, mesh), state).compile()
+  for step in STEPS:
+    state = program(place(step, layout, mesh), state)
+  return jax.device_get(sedjax.get_reports(state)), program.as_text(), state
+
+
+SKETCHES = {"count": sedjax.sketch.count(DIM), "exact": sedjax.sketch.exact()}
+
+
+@pytest.mark.parametrize("sketch", SKETCHES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_explicit_axes(layout, sketch):
+  """One all-reduce of d numbers (or of a Gram column), and the unsharded report."""
+  specs, mesh = LAYOUTS[layout], mesh_of(AxisType.Explicit)
+  tx = tracker(SKETCHES[sketch])
+  with jax.set_mesh(mesh):
+    state = tx.init(place(STEPS[0], specs, mesh))
+    reports, program, last = run(lambda u, s: tx.update(u, s)[1], state, specs, mesh)
+  assert_same(reports, unsharded(SKETCHES[sketch], False))
+  moved = [numbers for _, numbers in collectives_of(program)]
+  if sketch == "count":
+    assert moved == ([DIM] if layout != "replicated" else [])
+  else:
+    assert sum(moved) <= 4 * 4 + 1
+    rows = last.trackers["spectral_edge"].rows
+    for name, spec in specs.items():
+      assert rows[name].sharding.is_equivalent_to(jax.NamedSharding(mesh, P(None, *spec)), rows[name].ndim)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_automatic_axes(layout):
+  """No collective gives more than d numbers."""
+  specs, mesh = LAYOUTS[layout], mesh_of(AxisType.Auto)
+  tx = tracker(SKETCHES["count"])
+  with jax.set_mesh(mesh):
+    state = tx.init(place(STEPS[0], specs, mesh))
+    reports, program, _ = run(lambda u, s: tx.update(u, s)[1], state, specs, mesh)
+  assert_same(reports, unsharded(SKETCHES["count"], False))
+  assert max((numbers for _, numbers in collectives_of(program)), default=0) <= DIM
+
+
+@pytest.mark.parametrize(("sketch", "axis_name"), [("count", "names"), ("exact", "specs")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inside_shard_map(layout, axis_name, sketch):
+  """Likewise where update is given blocks, and is told the axes' names or the parameters' specs."""
+  specs, mesh = LAYOUTS[layout], mesh_of(AxisType.Auto)
+  tx = tracker(SKETCHES[sketch], axis_name=specs if axis_name == "specs" else ("x", "y"))
+  state = tx.init(STEPS[0])
+  splits = state_specs(state, specs)
+  update = jax.shard_map(lambda u, s: tx.update(u, s)[1], mesh=mesh, in_specs=(specs, splits), out_specs=splits)
+  reports, program, _ = run(update, state, specs, mesh)
+  assert_same(reports, unsharded(SKETCHES[sketch], False))
+  moved = [numbers for _, numbers in collectives_of(program)]
+  assert sum(moved) <= (DIM if sketch == "count" else 4 * 4 + 1)
+
+
+def test_groups_move_a_sketch_each():
+  specs, mesh = LAYOUTS["both"], mesh_of(AxisType.Explicit)
+  tx = tracker(SKETCHES["count"], groups=by_name)
+  with jax.set_mesh(mesh):
+    state = tx.init(place(STEPS[0], specs, mesh))
+    reports, program, _ = run(lambda u, s: tx.update(u, s)[1], state, specs, mesh)
+  assert_same(reports, unsharded(SKETCHES["count"], True))
+  assert sorted(collectives_of(program)) == [("all-reduce", DIM)] * 2
+
+
+def test_large_blocks_are_sketched_in_parts(monkeypatch):
+  """On CPU a block is signed a part at a time, whatever its size, to the same numbers."""
+  monkeypatch.setattr(_count, "_CHUNK", 2000)
+  specs, mesh = LAYOUTS["both"], mesh_of(AxisType.Auto)
+  tx = tracker(SKETCHES["count"], axis_name=("x", "y"))
+  state = tx.init(STEPS[0])
+  splits = state_specs(state, specs)
+  update = jax.shard_map(lambda u, s: tx.update(u, s)[1], mesh=mesh, in_specs=(specs, splits), out_specs=splits)
+  reports, program, _ = run(update, state, specs, mesh)
+  assert " while(" in program
+  assert_same(reports, unsharded(SKETCHES["count"], False))
+
+
+def test_parameters_as_source():
+  """Rows of sharded parameters' differences, over explicit axes and inside shard_map."""
+  specs = LAYOUTS["both"]
+  reports = []
+  for kind in ("none", "explicit", "shard_map"):
+    mesh = mesh_of(AxisType.Explicit if kind == "explicit" else AxisType.Auto)
+    tx = tracker(SKETCHES["count"], source="params", axis_name=("x", "y") if kind == "shard_map" else None)
+    update = lambda u, s, tx=tx: tx.update(u, s, u)[1]  # noqa: E731
+    if kind == "explicit":
+      with jax.set_mesh(mesh):
+        state = tx.init(place(STEPS[0], specs, mesh))
+        reports.append(run(update, state, specs, mesh)[0])
+      continue
+    state = tx.init(STEPS[0])
+    if kind == "shard_map":
+      splits = state_specs(state, specs)
+      update = jax.shard_map(update, mesh=mesh, in_specs=(specs, splits), out_specs=splits)
+    reports.append(run(update, state, specs if kind == "shard_map" else REPLICATED, mesh)[0])
+  for other in reports[1:]:
+    assert_same(other, reports[0])
+
+
+def test_vmapped_seeds_of_sharded_models():
+  """Seeds along a leading axis that is not split, the model over explicit axes."""
+  mesh = mesh_of(AxisType.Explicit)
+  specs = {"up": P(None, "x"), "bias": P()}
+  steps = [{name: np.stack([step[name], 2 * step[name]]) for name in specs} for step in STEPS]
+  tx = tracker(SKETCHES["count"])
+  state = jax.vmap(tx.init)(steps[0])
+  update = jax.jit(jax.vmap(lambda u, s: tx.update(u, s)[1]))
+  for step in steps:
+    state = update(step, state)
+  with jax.set_mesh(mesh):
+    split = [{n: jax.device_put(x, jax.NamedSharding(mesh, P(None, *specs[n]))) for n, x in s.items()} for s in steps]
+    sharded = jax.vmap(tx.init)(split[0])
+    for step in split:
+      sharded = update(step, sharded)
+  assert_same(jax.device_get(sedjax.get_reports(sharded)), jax.device_get(sedjax.get_reports(state)))
+
+
+def test_check_cost_agrees_with_the_promise():
+  for kind, specs in (("Explicit", None), ("Auto", None), ("Auto", LAYOUTS["both"])):
+    mesh = mesh_of(AxisType[kind])
+    params = {
+      name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, LAYOUTS["both"][name]))
+      for name, shape in SHAPES.items()
+    }
+    tx = tracker(SKETCHES["count"], axis_name=("x", "y") if specs else None)
+    if specs:
+      jax.eval_shape(tx.init, params)
+    cost = sedjax.check_cost(tx, params, specs=specs)
+    assert cost.broken() == (), cost
+    assert cost.state_bytes <= (3 + 3) * DIM * 4 + 2**16
+    assert (cost.total_allowed is None) == (kind == "Auto" and specs is None)
+    assert "The promise holds" in str(cost)
+
+
+def test_check_cost_finds_what_is_broken():
+  """A callback in the update, and a chain instead of a tracker."""
+  inner = tracker(SKETCHES["count"])
+
+  def update(updates, state, params=None):
+    jax.debug.callback(lambda _: None, updates["w"][0])
+    return inner.update(updates, state, params)
+
+  cost = sedjax.check_cost(optax.GradientTransformation(inner.init, update), {"w": jnp.ones((64,))})
+  assert [line for line in cost.broken() if "calls the host" in line]
+  assert "calls the host" in str(cost)
+  with pytest.raises(ValueError, match=r"expected track_spectral_edge\(…\) by itself"):
+    sedjax.check_cost(optax.chain(optax.sgd(1.0), inner), {"w": jnp.ones((64,))})
+  with pytest.raises(ValueError, match="specs needs params with NamedShardings"):
+    sedjax.check_cost(inner, {"w": jnp.ones((64,))}, specs={"w": P()})
+
+
+def test_collectives_are_read_off_a_program():
+  text = """
+  %all-reduce.1 = (f32[4,5]{1,0}, s32[]) all-reduce(%a, %b), to_apply=%add
+  ROOT %g = f32[16]{0} all-gather-start(%x), dimensions={0}
+  %fusion = f32[9] fusion(%all-reduce.1)
+"""
+  assert collectives_of(text) == (("all-reduce", 20), ("all-reduce", 1), ("all-gather", 16))
+
+
+# ---- what does not fit ----
+
+
+def in_shard_map(tx, layout, *, state=None, mesh=None):
+  mesh = mesh or mesh_of(AxisType.Auto)
+  state = tx.init(STEPS[0]) if state is None else state
+  splits = state_specs(state, layout)
+  update = jax.shard_map(lambda u, s: tx.update(u, s)[1], mesh=mesh, in_specs=(layout, splits), out_specs=splits)
+  return jax.jit(update)(place(STEPS[0], layout, mesh), state)
+
+
+def test_an_axis_that_does_not_exist():
+  with pytest.raises(ValueError, match=r"axis_name='rows' is not a mesh axis here; call update inside"):
+    in_shard_map(tracker(SKETCHES["count"], axis_name="rows"), LAYOUTS["leading"])
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_axis_name_outside_of_shard_map(jit):
+  tx = tracker(SKETCHES["count"], axis_name="x")
+  state = tx.init(STEPS[0])
+  with pytest.raises(ValueError, match=r"axis_name='x' is not a mesh axis here"):
+    (jax.jit(tx.update) if jit else tx.update)(STEPS[0], state)
+
+
+@pytest.mark.parametrize("axis_name", [3, (), ("x", 3), {}, {"w": "x"}])
+def test_bad_axis_name(axis_name):
+  with pytest.raises(ValueError, match="axis_name must be None, the name of a mesh axis"):
+    tracker(SKETCHES["count"], axis_name=axis_name)
+
+
+def test_blocks_that_fit_no_split_or_several():
+  tx = tracker(SKETCHES["count"], axis_name="x")
+  with pytest.raises(ValueError, match=r"block .* of leaf 'bias' .* fits no splits over the mesh axes \{'x': 4\}"):
+    in_shard_map(tx, {**REPLICATED, "bias": P("y")})
+  square = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+  tx = tracker(SKETCHES["count"], axis_name=("x", "y"))
+  with pytest.raises(ValueError, match=r"leaf 'embed' .* fits 2 splits .* give axis_name=specs"):
+    in_shard_map(tx, LAYOUTS["leading"], mesh=square)
+
+
+def test_specs_without_a_leaf():
+  specs = {name: spec for name, spec in LAYOUTS["leading"].items() if name != "norm"}
+  with pytest.raises(ValueError, match="axis_name has no PartitionSpec for leaf 'norm'"):
+    in_shard_map(tracker(SKETCHES["count"], axis_name=specs), LAYOUTS["leading"])
+
+
+def test_init_inside_shard_map():
+  """With specs it knows the whole parameters' shapes; with names alone it cannot."""
+  specs, mesh = LAYOUTS["leading"], mesh_of(AxisType.Auto)
+
+  def first(tx):
+    return jax.shard_map(lambda u: tx.update(u, tx.init(u))[1], mesh=mesh, in_specs=(specs,), out_specs=P())(
+      place(STEPS[0], specs, mesh)
+    )
+
+  state = first(tracker(SKETCHES["count"], axis_name=specs))
+  tx = tracker(SKETCHES["count"])
+  _, expected = tx.update(STEPS[0], tx.init(STEPS[0]))
+  np.testing.assert_array_equal(state.trackers["spectral_edge"].counters, expected.trackers["spectral_edge"].counters)
+  with pytest.raises(ValueError, match="init was called inside a shard_map over"):
+    first(tracker(SKETCHES["count"], axis_name=("x", "y")))
+
+
+def test_update_before_init():
+  tx = tracker(SKETCHES["count"], axis_name=("x", "y"))
+  other = tracker(SKETCHES["count"]).init(STEPS[0])
+  with pytest.raises(ValueError, match=r"with axis_name, call tx.init with the whole parameters first"):
+    in_shard_map(tx, LAYOUTS["leading"], state=other)
+
+
+def test_exact_rows_that_are_not_sharded_as_the_parameters():
+  specs, mesh = LAYOUTS["leading"], mesh_of(AxisType.Explicit)
+  tx = tracker(SKETCHES["exact"])
+  with jax.set_mesh(mesh):
+    replicated = tx.init(place(STEPS[0], REPLICATED, mesh))
+    other = tx.init(place(STEPS[0], LAYOUTS["both"], mesh))
+    for state in (replicated, other):
+      before = jax.device_get(state)
+      with pytest.raises(ValueError, match="exact rows in the state are not sharded as the parameters are"):
+        jax.jit(tx.update)(place(STEPS[0], specs, mesh), state)
+      jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)  # what was recorded is still there
+  tx = tracker(SKETCHES["exact"], axis_name=("x", "y"))
+  state, mesh = tx.init(STEPS[0]), mesh_of(AxisType.Auto)
+  splits = jax.tree.map(lambda _: P(), state)
+  update = jax.shard_map(lambda u, s: tx.update(u, s)[1], mesh=mesh, in_specs=(specs, splits), out_specs=splits)
+  with pytest.raises(ValueError, match=r"give jax.shard_map the spec P\(None, \*spec\) for each"):
+    jax.jit(update)(place(STEPS[0], specs, mesh), state)
+
+
+def test_resharding_between_steps_changes_no_number():
+  """A sketch's state knows nothing of shardings: a run may go on under another layout."""
+  mesh = mesh_of(AxisType.Explicit)
+  tx = tracker(SKETCHES["count"])
+  with jax.set_mesh(mesh):
+    state, update = tx.init(place(STEPS[0], LAYOUTS["fsdp"], mesh)), jax.jit(tx.update)
+    for step, layout in zip(STEPS, LAYOUTS.values(), strict=False):
+      _, state = update(place(step, layout, mesh), state)
+  assert_same(jax.device_get(sedjax.get_reports(state)), unsharded(SKETCHES["count"], False))
+
+
+def test_normalised_specs():
+  assert _placement.normalised(P("x", None, ("y", "z")), 4) == (("x",), (), ("y", "z"), ())
