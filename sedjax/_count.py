@@ -117,9 +117,9 @@ def _plan(path: str, shape: tuple[int, ...], dim: int, seed: int) -> _Plan:
   # Where whole bucket rows would leave more than a ninth of the sketch empty, they wrap around it once.
   laps = 1 if 9 * (dim // columns * columns) >= 8 * dim else 2
   capacity = max(1, laps * dim // columns)
-  # A leaf too small to fill the sketch with 32 rows a bucket uses fewer: collisions are what makes error.
+  # As many rows share a bucket as leave two or more in each row of buckets, so that all buckets are filled alike.
   per_bucket = _HASH_ROWS
-  while per_bucket > 1 and -(-rows // (per_bucket // 2)) <= capacity:
+  while per_bucket > 1 and -(-rows // per_bucket) < 2 * capacity:
     per_bucket //= 2
   buckets = min(-(-rows // per_bucket), capacity)
   return _Plan(key, rows, columns, per_bucket, buckets, int(mix(np.asarray([key]))[0]) % dim)
@@ -195,7 +195,7 @@ def _strided_sums(
 
 def _block_sums(x: Any, row: int, count: int, plan: _Plan, keys: Any, columns: Any, part: Any, grid: Any) -> jax.Array:
   """float32[min(count, g), n]: sums of `count` buckets' worth of rows from `row` on, which falls into bucket 0."""
-  stride = min(_STRIDE, max(1, plan.per_bucket // 2))
+  stride = min(_STRIDE, plan.per_bucket)
   per_bucket = plan.per_bucket // stride
   first = row // _HASH_ROWS
   last = -(-(row + count * plan.per_bucket) // _HASH_ROWS)
@@ -250,9 +250,14 @@ def _add_strided(rows: _Rows, group: int, piece: Piece, dim: int, seed: int, par
   columns = index_hash(_indices(plan.columns), plan.key)
   keys = index_hash(_indices(-(-plan.rows // _HASH_ROWS)), ~plan.key)
   x = piece.array.reshape(plan.rows, plan.columns)
-  if plan.rows == 1:
-    flat = _flip(part_of(x[0], part, grid), mix(keys[0] ^ columns) << np.uint32(31))
-    return rows.add(group, flat, plan.offset)
+  if plan.per_bucket == 1 and x.size <= _TABLE:  # no sums to make; signs as a constant cost less than hashes
+    row = np.arange(plan.rows, dtype=np.uint32)
+    bits = mix(keys[row // _HASH_ROWS][:, None] ^ columns) << (np.uint32(31) - row % np.uint32(_HASH_ROWS))[:, None]
+    signed = _flip(part_of(x.reshape(-1), part, grid), bits.reshape(-1))
+    for first in range(0, plan.rows, plan.buckets):
+      last = min(first + plan.buckets, plan.rows)
+      rows.add(group, lax.slice(signed, (first * plan.columns,), (last * plan.columns,)), plan.offset)
+    return
   shared = plan._replace(key=np.uint32(0), offset=0)
   whole = plan.rows // plan.per_bucket
   most = max(1, _ALIVE * _STRIDE // (plan.per_bucket * plan.buckets * plan.columns)) * plan.buckets
@@ -267,7 +272,6 @@ def _add_strided(rows: _Rows, group: int, piece: Piece, dim: int, seed: int, par
   if whole * plan.per_bucket < plan.rows:
     sums = _last_rows(x, whole * plan.per_bucket, keys, columns, part, grid)
     rows.add(group, sums, plan.offset + whole % plan.buckets * plan.columns)
-  return None
 
 
 # ---- indexed form ----

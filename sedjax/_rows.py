@@ -161,7 +161,9 @@ def gram_column(
   new = row / jnp.where(scale > 0, scale, 1)[:, None]
   squares = new * new
   energy = squares.sum(-1)
-  dims = 3 * energy**2 / jnp.maximum((squares * squares).sum(-1), 1e-30)
+  # 3(Σs²)²/Σs⁴ estimates the dimension plus 2, since (Σs²)² is too large by the variance of Σs².
+  dims = jnp.where(energy > 0, 3 * energy**2 / jnp.maximum((squares * squares).sum(-1), 1e-30) - 2, 0)
+  dims = jnp.where(energy > 0, jnp.maximum(dims, 1), 0)
   # The rows are scaled after the product, which spares a copy of them; the extremes are moved out of its way.
   top = jnp.max(scales, -1)
   shift = jnp.where(top > np.float32(2.0**64), np.float32(2.0**-64), 1)

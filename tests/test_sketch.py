@@ -1,5 +1,9 @@
 """The sketches: unbiased, of the stated variance, and the same numbers everywhere."""
 
+import functools
+import hashlib
+import itertools
+import math
 import zlib
 
 import jax
@@ -8,32 +12,51 @@ import numpy as np
 import pytest
 
 import sedjax
+from sedjax._count import Piece, _add_strided, _indexed_term, _Rows, _sum_terms
 
 
-def test_count_matches_a_scalar_definition():
-  """The vectorised map equals one written number by number from its definition."""
-  from sedjax._count import mix as _mix
-  from sedjax._count import path_key as _path_key
+def scalar_definition(path, x, dim, seed, start=None, shape=None):
+  """The count sketch of a leaf, or of the block at `start` of a leaf of `shape`, number by number in Python's ints."""
 
   def mix(value):
-    with np.errstate(over="ignore"):
-      return _mix(np.asarray([value], np.uint32))[0]
+    value ^= value >> 16
+    value = value * 0x7FEB352D % 2**32
+    value ^= value >> 15
+    value = value * 0x846CA68B % 2**32
+    return value ^ value >> 16
 
-  rows, columns, dim = 400, 5, 16
-  x = np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32)
-  key = _path_key("a/b", 3)
-  groups = 3  # 16 // 5 bucket rows, which leave one place in 16 empty
-  offset = int(mix(key)) % dim
-  expected = np.zeros(dim)
-  with np.errstate(over="ignore"):
-    for i in range(rows):
-      row_key = mix(mix(np.uint32(i // 32) + np.uint32(0x9E3779B9)) + ~key)
-      for j in range(columns):
-        column_key = mix(mix(np.uint32(j) + np.uint32(0x9E3779B9)) + key)
-        sign = 1 - 2 * (int(mix(row_key ^ column_key)) >> (i % 32) & 1)
-        expected[(((i // 32) % groups) * columns + j + offset) % dim] += sign * float(x[i, j])
+  def index_hash(index, salt):
+    return mix((mix((index + 0x9E3779B9) % 2**32) + salt) % 2**32)
+
+  shape = shape or x.shape
+  start = start or (0,) * len(shape)
+  columns = shape[-1] if shape else 1
+  rows = math.prod(shape[:-1])
+  whole_laps = dim // columns * columns
+  capacity = max(1, dim // columns if 9 * whole_laps >= 8 * dim else 2 * dim // columns)
+  per_bucket = next((p for p in (32, 16, 8, 4, 2) if -(-rows // p) >= 2 * capacity), 1)
+  buckets = min(-(-rows // per_bucket), capacity)
+  key = int.from_bytes(hashlib.blake2b(f"{seed}/{path}".encode(), digest_size=4).digest(), "little")
+  sketch = [0.0] * dim
+  for at, value in np.ndenumerate(np.asarray(x, np.float32)):
+    index = [first + i for first, i in zip(start, at, strict=True)] or [0]
+    row, column = 0, index[-1]
+    for size, i in zip(shape[:-1], index[:-1], strict=True):
+      row = row * size + i
+    bits = mix(index_hash(row // 32, 2**32 - 1 - key) ^ index_hash(column, key))
+    place = mix(key) + row // per_bucket % buckets * columns + column
+    sketch[place % dim] += float(-value if bits >> row % 32 & 1 else value)
+  return np.asarray(sketch)
+
+
+@pytest.mark.parametrize(
+  ("shape", "dim"), [((400, 5), 16), ((3, 3, 5, 8), 64), ((97, 1), 64), ((5,), 64), ((5,), 3), ((), 7), ((50, 90), 128)]
+)
+def test_count_matches_a_scalar_definition(shape, dim):
+  """The vectorised map equals one written number by number from its definition."""
+  x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
   got = sedjax.sketch.count(dim, seed=3).apply("a/b", jnp.asarray(x))
-  np.testing.assert_allclose(got, expected, atol=1e-5)
+  np.testing.assert_allclose(got, scalar_definition("a/b", x, dim, 3), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(), (97, 128), (3, 3, 5, 8), (2100, 64)])
@@ -78,6 +101,11 @@ GOLDEN = {
   ("column", (97, 1), 64, 0): 3512441778,
   ("embed", (5025, 64), 1024, 0): 3106386469,
   ("wide", (7, 50257), 16384, 0): 703340416,
+  ("wide", (50, 9000), 16384, 0): 761526938,
+  ("one", (1, 1, 7), 64, 0): 129804456,
+  ("up", (768, 3072), 16384, 0): 3698790201,
+  ("wte", (50257, 768), 16384, 0): 3138434285,
+  ("wte", (50304, 768), 16384, 0): 520682679,
 }
 
 
@@ -86,6 +114,121 @@ def test_golden_values_of_count(case, checksum):
   path, shape, dim, seed = case
   row = sedjax.sketch.count(dim, seed=seed).apply(path, integers(shape))
   assert zlib.crc32(np.asarray(row).astype("<i4").tobytes()) == checksum
+
+
+def strided(path, x, dim):
+  """The form of one CPU or GPU."""
+  rows = _Rows(1, dim)
+  _add_strided(rows, 0, Piece(path, x), dim, 0, None, jnp.float32(1))
+  return rows.rows[0]
+
+
+def indexed(pieces, dim):
+  """The form of TPUs and of shards."""
+  return _sum_terms([_indexed_term(piece, dim, 0, None, jnp.float32(1)) for piece in pieces], dim)
+
+
+def blocks(path, x, axes):
+  """The leaf cut along `axes` into unequal blocks, none of them a multiple of 32 rows."""
+  cuts = []
+  for axis, size in enumerate(x.shape):
+    inner = {min(37, size // 3), size * 2 // 3 + 1} if axis in axes else set()
+    cuts.append(list(itertools.pairwise(sorted({0, size, *(cut for cut in inner if cut < size)}))))
+  for ranges in itertools.product(*cuts):
+    start, stop = [first for first, _ in ranges], [last for _, last in ranges]
+    yield Piece(path, x[tuple(slice(*ends) for ends in ranges)], tuple(start), x.shape)
+    assert all(first < last for first, last in zip(start, stop, strict=True))
+
+
+SHAPES = [(), (5,), (97, 128), (3, 3, 5, 8), (5025, 64), (1, 97), (97, 1), (7, 50257), (50, 9000), (400, 5)]
+
+
+def all_forms(shape, dim, x):
+  """The row of one leaf in every form."""
+  axes = {"leading": (0,), "trailing": (len(shape) - 1,), "every": tuple(range(len(shape)))}
+  rows = {"indexed": indexed([Piece("w", x)], dim)}
+  rows |= {f"blocks of {name} axis": indexed(list(blocks("w", x, axes[name])), dim) for name in axes}
+  return rows | {"strided": strided("w", x, dim)}
+
+
+def assert_all_equal(rows):
+  expected = np.asarray(rows["indexed"])
+  assert np.any(expected)
+  for form, row in rows.items():
+    assert np.array_equal(row, expected), form
+
+
+@pytest.mark.parametrize("dim", [64, 1024, 16384])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_all_forms_of_count_agree_bit_for_bit(shape, dim):
+  x = integers(shape)
+  rows = jax.jit(functools.partial(all_forms, shape, dim))(x + (x == 0))
+  assert_all_equal(rows)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_all_forms_of_count_agree_when_they_work_in_small_parts(shape, monkeypatch):
+  """As they do for large leaves: in chunks, with hashes made at run time, and after earlier work; and from bfloat16."""
+  import sedjax._count as module
+
+  small = {"_CHUNK": 500, "_TABLE": 16, "_ALIVE": 1000}
+  for name, value in small.items():
+    assert getattr(module, name) >= 2**18
+    monkeypatch.setattr(module, name, value if math.prod(shape) < 10**5 else 64 * value)
+  x = integers(shape)
+  x = x + (x == 0)
+  rows = jax.jit(functools.partial(all_forms, shape, 1024))(x.astype(jnp.bfloat16))
+  monkeypatch.undo()
+  assert_all_equal(rows | {"indexed": indexed([Piece("w", x)], 1024)})
+
+
+HUGE = (2**20, 2**13, 8)
+
+
+@pytest.mark.parametrize(
+  ("start", "block"),
+  [
+    ((2**16, 5, 0), (1, 40, 8)),  # flat index 2**32 + 40
+    ((2**18, 8000, 0), (1, 40, 8)),  # row 2**31 + 8000
+    ((2**18 + 1, 13, 5), (1, 40, 3)),
+    ((2**19 - 2, 2**13 - 40, 0), (2, 40, 8)),  # to the last row before 2**32
+  ],
+)
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_block_far_inside_a_huge_leaf(start, block, traced):
+  """Each axis is hashed in turn: flat indices beyond 2**32 do not wrap."""
+  x = integers(block)
+
+  def row(x, start):
+    return indexed([Piece("w", x, start, HUGE)], 1024)
+
+  got = jax.jit(row)(x, start) if traced else row(x, start)
+  np.testing.assert_array_equal(got, scalar_definition("w", x, 1024, 0, start, HUGE))
+  wrapped = (start[0] % 2**16, *start[1:])
+  assert not np.array_equal(got, row(x, wrapped))
+
+
+@pytest.mark.parametrize("form", ["chosen", "strided", "indexed"])
+@pytest.mark.parametrize("shape", [(5,), (97, 12), (3, 3, 5, 8)], ids=str)
+def test_same_numbers_under_every_transformation(form, shape):
+  def row(x):
+    if form == "chosen":
+      return sedjax.sketch.count(64).apply("w", x)
+    return strided("w", x, 64) if form == "strided" else indexed([Piece("w", x)], 64)
+
+  batch = jnp.stack([integers(shape) + i for i in range(3)])
+  eager = np.stack([row(x) for x in batch])
+  np.testing.assert_array_equal(eager, [scalar_definition("w", x, 64, 0) for x in batch])
+  np.testing.assert_array_equal(eager, jnp.stack([jax.jit(row)(x) for x in batch]))
+  np.testing.assert_array_equal(eager, jax.vmap(row)(batch))
+  np.testing.assert_array_equal(eager, jax.jit(jax.vmap(row, in_axes=-1))(jnp.moveaxis(batch, 0, -1)))
+  np.testing.assert_array_equal(eager, jax.lax.scan(lambda carry, x: (carry, row(x)), 0, batch)[1])
+
+  @jax.jit
+  def total(batch):
+    return jax.lax.scan(lambda sums, x: (sums + row(x), None), jnp.zeros((64,)), batch)[0]
+
+  np.testing.assert_array_equal(eager.sum(0), total(batch))
 
 
 def test_golden_values_of_gaussian():
