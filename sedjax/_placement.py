@@ -193,6 +193,9 @@ def locally(function: Callable[..., Any], mesh: Any, axes: Sequence[str], arrays
     return function(*arrays, *others)
   split = [[jax.P(*(names or None for names in spec)) for spec in one] for one in specs]
   in_specs = (*split, *(jax.P() for _ in others))
-  return jax.shard_map(
-    function, mesh=mesh, in_specs=in_specs, out_specs=jax.P(), axis_names=set(axes), check_vma=False
-  )(*arrays, *others)
+  manual = {
+    n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == jax.sharding.AxisType.Explicit
+  }
+  return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=jax.P(), axis_names=manual, check_vma=False)(
+    *arrays, *others
+  )

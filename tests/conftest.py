@@ -14,6 +14,9 @@ PATIENT = (
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK} {PATIENT}"
 
-import jax  # noqa: E402 - reads XLA_FLAGS
+# Where libtpu is installed it would be asked for devices, and take the flags above for errors.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402 - reads the environment
 
 jax.config.update("jax_num_cpu_devices", 8)
