@@ -19,10 +19,12 @@ MODULES = ("sedjax", "sedjax.core", "sedjax.sketch", "sedjax._transform", "sedja
 def test_public_names():
   """Every addition shows here."""
   assert sedjax.__all__ == [
+    "Cost",
     "Phase",
     "Report",
     "SpectralEdgeState",
     "Status",
+    "check_cost",
     "core",
     "explain",
     "get_history",

@@ -305,9 +305,8 @@ def test_init_inside_shard_map():
   specs, mesh = LAYOUTS["leading"], mesh_of(AxisType.Auto)
 
   def first(tx):
-    return jax.shard_map(lambda u: tx.update(u, tx.init(u))[1], mesh=mesh, in_specs=(specs,), out_specs=P())(
-      place(STEPS[0], specs, mesh)
-    )
+    update = jax.shard_map(lambda u: tx.update(u, tx.init(u))[1], mesh=mesh, in_specs=(specs,), out_specs=P())
+    return jax.jit(update)(place(STEPS[0], specs, mesh))
 
   state = first(tracker(SKETCHES["count"], axis_name=specs))
   tx = tracker(SKETCHES["count"])
