@@ -130,8 +130,14 @@ def _as_uint(x: jax.Array) -> jax.Array:
 
 
 def _flip(x: jax.Array, bits: Any) -> jax.Array:
-  """x with its sign flipped where the highest bit of `bits` is set."""
-  return lax.bitcast_convert_type(_as_uint(x) ^ (bits & _SIGN), jnp.float32)
+  """x with its sign flipped where the highest bit of `bits` (uint32) is set."""
+  size = x.dtype.itemsize
+  if size not in (2, 4, 8):
+    x, size = x.astype(jnp.float32), 4
+  kind = jnp.dtype(f"uint{8 * size}")
+  mask = bits & _SIGN
+  mask = (mask >> 16).astype(kind) if size == 2 else mask.astype(kind) << (8 * size - 32)
+  return lax.bitcast_convert_type(lax.bitcast_convert_type(x, kind) ^ mask, x.dtype)
 
 
 def _zero_of(x: jax.Array) -> jax.Array:
@@ -187,8 +193,8 @@ def _strided_sums(
   sums: list[Any] = [None] * min(4, stride)  # shorter chains of dependent additions
   for i in range(stride):
     each = lax.slice(x, (row + i, 0), (row + i + stride * (count - 1) + 1, x.shape[1]), (stride, 1))
-    each = part_of(each, part, grid)
-    each = _flip(each, bits << np.uint32(stride - 1 - i)) if i else each
+    # Signs first: what is done to all slices alike XLA would rather do to the whole leaf, which is then stored.
+    each = part_of(_flip(each, bits << np.uint32(stride - 1 - i)) if i else each, part, grid)
     sums[i % 4] = each if sums[i % 4] is None else sums[i % 4] + each
   return _flip(functools.reduce(jnp.add, sums), sign)
 
