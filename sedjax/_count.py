@@ -155,7 +155,8 @@ def part_of(x: jax.Array, part: int | None, grid: Any) -> jax.Array:
   if part is None:
     return x.astype(jnp.float32)
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  coarse = jnp.round(x / grid.astype(x.dtype)) * grid.astype(x.dtype)
+  # The grid is a power of two: a product is exact, and XLA would store the quotients of a whole leaf.
+  coarse = jnp.round(x * (1 / grid.astype(x.dtype))) * grid.astype(x.dtype)
   return (x - coarse if part else coarse).astype(jnp.float32)
 
 
@@ -201,7 +202,8 @@ def _strided_sums(
 
 def _block_sums(x: Any, row: int, count: int, plan: _Plan, keys: Any, columns: Any, part: Any, grid: Any) -> jax.Array:
   """float32[min(count, g), n]: sums of `count` buckets' worth of rows from `row` on, which falls into bucket 0."""
-  stride = min(_STRIDE, plan.per_bucket)
+  # XLA repeats what is done to every slice in the kernel up to 15 times; more often, it would store the whole leaf.
+  stride = min(_STRIDE if part is None and x.dtype == jnp.float32 else _STRIDE // 2, plan.per_bucket)
   per_bucket = plan.per_bucket // stride
   first = row // _HASH_ROWS
   last = -(-(row + count * plan.per_bucket) // _HASH_ROWS)
@@ -271,7 +273,7 @@ def _add_strided(rows: _Rows, group: int, piece: Piece, dim: int, seed: int, par
   while done < whole:
     count = min(most, whole - done)
     row = done * plan.per_bucket
-    waiting = rows.after_earlier_work(keys, count * plan.columns * max(1, plan.per_bucket // _STRIDE))
+    waiting = rows.after_earlier_work(keys, 2 * count * plan.columns * max(1, plan.per_bucket // _STRIDE))
     sums = _shared_block_sums(x, waiting, columns, grid, row=row, count=count, plan=shared, part=part)
     rows.add(group, sums.reshape(-1), plan.offset)
     done += count

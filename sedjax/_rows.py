@@ -100,8 +100,9 @@ def zero_rows(config: Config, layout: Layout, params: Any, lead: int) -> Any:
 
 
 def _peak(leaves: Any) -> jax.Array:
-  peaks = (jnp.max(jnp.abs(leaf), initial=0).astype(jnp.float32) for leaf in leaves)
-  return functools.reduce(jnp.maximum, peaks, jnp.float32(0))
+  # Stacked, since a chain of maxima would be computed again in each kernel that needs the result.
+  peaks = [jnp.max(jnp.abs(leaf), initial=0).astype(jnp.float32) for leaf in leaves]
+  return jnp.max(jnp.stack([jnp.float32(0), *peaks]))
 
 
 def largest(config: Config, layout: Layout, row: Any) -> jax.Array:
