@@ -126,7 +126,7 @@ def check_cost(tx: Any, params: Any, *, specs: Any = None) -> Cost:
     A `Cost`.
 
   Raises:
-    ValueError: `tx` is no tracker by itself, or `specs` is given for parameters without a mesh.
+    ValueError: `tx` is no tracker by itself, a leaf is no array, or `specs` is given for parameters without a mesh.
 
   Cost: one compilation, some seconds.
 
@@ -147,6 +147,8 @@ def check_cost(tx: Any, params: Any, *, specs: Any = None) -> Cost:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  if not hasattr(leaf, "shape"):
+    raise ValueError(f"sedjax.check_cost: params must hold arrays or jax.ShapeDtypeStructs, got a leaf {leaf!r}.")
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 

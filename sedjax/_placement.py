@@ -172,10 +172,12 @@ def is_first(axes: Sequence[str]) -> Any:
 
 
 def psum(x: Any, axes: Sequence[str]) -> Any:
+  """A tree's sums over the devices along `axes`; the tree itself where there are none."""
   return jax.lax.psum(x, tuple(axes)) if axes else x
 
 
 def pmax(x: Any, axes: Sequence[str]) -> Any:
+  """Likewise the largest."""
   return jax.lax.pmax(x, tuple(axes)) if axes else x
 
 
