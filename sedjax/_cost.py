@@ -161,10 +161,9 @@ def _check(tx: Any, params: Any, mesh: Any, specs: Any) -> Cost:
     )
   (tracker,) = state.trackers.values()
   exact = not isinstance(tracker.rows, jax.ShapeDtypeStruct)
-  row_spec = lambda leaf: jax.P(None, *leaf.sharding.spec)  # noqa: E731
-  split = jax.tree.map(row_spec, params) if exact and mesh is not None else jax.P()
   state_specs = jax.tree.map(lambda _: jax.P(), state)
-  if exact and mesh is not None:
+  if exact and mesh is not None:  # exact rows are split as the parameters are
+    split = jax.tree.map(lambda leaf: jax.P(None, *leaf.sharding.spec), params)
     base = split if tracker.base else ()
     named = {name: old._replace(rows=split, base=base) for name, old in state_specs.trackers.items()}
     state_specs = SpectralEdgeState(named)
@@ -175,7 +174,10 @@ def _check(tx: Any, params: Any, mesh: Any, specs: Any) -> Cost:
   if specs is not None:
     in_specs = (specs, state_specs, specs)
     update = jax.shard_map(update, mesh=mesh, in_specs=in_specs, out_specs=state_specs, check_vma=False)
-  place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+
+  def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
   if mesh is not None:
     state = jax.tree.map(lambda leaf, spec: place(leaf, jax.NamedSharding(mesh, spec)), state, state_specs)
   else:

@@ -160,21 +160,15 @@ def part_of(x: jax.Array, part: int | None, grid: Any) -> jax.Array:
   return (x - coarse if part else coarse).astype(jnp.float32)
 
 
-def _segments(offset: int, size: int, dim: int) -> list[tuple[int, int, int]]:
-  """(place in the sketch, place in the flat sums, length) of the pieces of flat sums that go around the sketch."""
-  done, segments = 0, []
-  while done < size:
-    at = (offset + done) % dim
-    segments.append((at, done, min(dim - at, size - done)))
-    done += segments[-1][2]
-  return segments
-
-
 def _add_flat(row: jax.Array, flat: jax.Array, offset: int) -> jax.Array:
   """Adds `flat` to `row` from `offset` on, around its end as often as need be."""
-  for at, done, size in _segments(offset, flat.size, row.size):
+  done = 0
+  while done < flat.size:
+    at = (offset + done) % row.size
+    size = min(row.size - at, flat.size - done)
     new = lax.slice(row, (at,), (at + size,)) + lax.slice(flat, (done,), (done + size,))
     row = lax.dynamic_update_slice(row, new, (at,))
+    done += size
   return row
 
 
@@ -200,7 +194,10 @@ def _strided_sums(
   return _flip(functools.reduce(jnp.add, sums), sign)
 
 
-def _block_sums(x: Any, row: int, count: int, plan: _Plan, keys: Any, columns: Any, part: Any, grid: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("row", "count", "plan", "part"))  # leaves of one shape are traced once
+def _block_sums(
+  x: Any, keys: Any, columns: Any, grid: Any, *, row: int, count: int, plan: _Plan, part: int | None
+) -> jax.Array:
   """float32[min(count, g), n]: sums of `count` buckets' worth of rows from `row` on, which falls into bucket 0."""
   # XLA repeats what is done to every slice in the kernel up to 15 times; more often, it would store the whole leaf.
   stride = min(_STRIDE if part is None and x.dtype == jnp.float32 else _STRIDE // 2, plan.per_bucket)
@@ -215,14 +212,6 @@ def _block_sums(x: Any, row: int, count: int, plan: _Plan, keys: Any, columns: A
     return sums
   sums = lax.pad(sums, np.float32(0), ((0, -count % plan.buckets, 0), (0, 0, 0)))
   return sums.reshape(-1, plan.buckets, x.shape[1]).sum(0)
-
-
-@functools.partial(jax.jit, static_argnames=("row", "count", "plan", "part"))
-def _shared_block_sums(
-  x: Any, keys: Any, columns: Any, grid: Any, *, row: int, count: int, plan: Any, part: Any
-) -> Any:
-  """`_block_sums`, traced once for all leaves of one shape."""
-  return _block_sums(x, row, count, plan, keys, columns, part, grid)
 
 
 def _last_rows(x: jax.Array, row: int, keys: Any, columns: Any, part: Any, grid: Any) -> jax.Array:
@@ -274,7 +263,7 @@ def _add_strided(rows: _Rows, group: int, piece: Piece, dim: int, seed: int, par
     count = min(most, whole - done)
     row = done * plan.per_bucket
     waiting = rows.after_earlier_work(keys, 2 * count * plan.columns * max(1, plan.per_bucket // _STRIDE))
-    sums = _shared_block_sums(x, waiting, columns, grid, row=row, count=count, plan=shared, part=part)
+    sums = _block_sums(x, waiting, columns, grid, row=row, count=count, plan=shared, part=part)
     rows.add(group, sums.reshape(-1), plan.offset)
     done += count
   if whole * plan.per_bucket < plan.rows:

@@ -26,6 +26,11 @@ def normalised(spec: Any, ndim: int) -> Spec:
   return tuple(entries + [()] * (ndim - len(entries)))
 
 
+def _explicit_axes(mesh: Any) -> set[str]:
+  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  return {name for name, kind in kinds if kind == jax.sharding.AxisType.Explicit}
+
+
 def explicit_spec(leaf: Any) -> tuple[Spec, Any]:
   """How a leaf is split over explicit mesh axes, and their abstract mesh; ((), None) where it is not."""
   kind = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
@@ -33,11 +38,8 @@ def explicit_spec(leaf: Any) -> tuple[Spec, Any]:
   if not isinstance(sharding, jax.NamedSharding):
     return (), None
   mesh = sharding.mesh.abstract_mesh
-  explicit = {
-    name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == jax.sharding.AxisType.Explicit
-  }
   spec = normalised(sharding.spec, len(leaf.shape))
-  if not any(explicit.intersection(names) for names in spec):
+  if not any(_explicit_axes(mesh).intersection(names) for names in spec):
     return (), None
   return spec, mesh
 
@@ -195,9 +197,7 @@ def locally(function: Callable[..., Any], mesh: Any, axes: Sequence[str], arrays
     return function(*arrays, *others)
   split = [[jax.P(*(names or None for names in spec)) for spec in one] for one in specs]
   in_specs = (*split, *(jax.P() for _ in others))
-  manual = {
-    n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == jax.sharding.AxisType.Explicit
-  }
-  return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=jax.P(), axis_names=manual, check_vma=False)(
-    *arrays, *others
+  run = jax.shard_map(
+    function, mesh=mesh, in_specs=in_specs, out_specs=jax.P(), axis_names=_explicit_axes(mesh), check_vma=False
   )
+  return run(*arrays, *others)
