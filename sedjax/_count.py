@@ -142,7 +142,7 @@ def _flip(x: jax.Array, bits: Any) -> jax.Array:
 
 def _zero_of(x: jax.Array) -> jax.Array:
   """uint32[]: 0, made of x in a way that XLA does not see through; it drops optimization barriers on CPU."""
-  return (_as_uint(x[(0,) * x.ndim]) << 1) & np.uint32(1)
+  return (_as_uint(x[(0,) * x.ndim]) << 1) & np.uint32(1) if x.size else jnp.uint32(0)
 
 
 def later_than(x: jax.Array, other: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import numpy as np
 
 from sedjax import _gram, _placement, sketch
 from sedjax._config import Config
-from sedjax._count import Piece
+from sedjax._count import Piece, later_than
 from sedjax._layout import Layout
 
 
@@ -100,9 +100,11 @@ def zero_rows(config: Config, layout: Layout, params: Any, lead: int) -> Any:
 
 
 def _peak(leaves: Any) -> jax.Array:
-  # Stacked, since a chain of maxima would be computed again in each kernel that needs the result.
   peaks = [jnp.max(jnp.abs(leaf), initial=0).astype(jnp.float32) for leaf in leaves]
-  return jnp.max(jnp.stack([jnp.float32(0), *peaks]))
+  if len(peaks) <= 1:
+    return peaks[0] if peaks else jnp.float32(0)
+  # A sort, with NaN last, is not computed again in each kernel that needs the result, as a chain of maxima would be.
+  return jax.lax.sort(jnp.stack(peaks))[-1]
 
 
 def largest(config: Config, layout: Layout, row: Any) -> jax.Array:
@@ -140,7 +142,8 @@ def read_parameters(config: Config, layout: Layout, rows: Any, base: Any) -> tup
   # exact and differences of two sketches lose nothing; the fine parts are 2⁻¹⁷ of the largest parameter at most.
   grid = _gram.power_of_two(largest_leaf(layout, list(layout.leaves))) * np.float32(2.0**-16)
   grid = jnp.where(grid > 0, grid, 1)
-  coarse, fine = _sketch_row(config, layout, 0, grid), _sketch_row(config, layout, 1, grid)
+  coarse = _sketch_row(config, layout, 0, grid)
+  fine = _sketch_row(config, layout, 1, later_than(grid, coarse))  # one after the other takes half the memory
   row = (coarse - base[0]) + (fine - base[1])
   # Gaussian weights are no multiples of the grid, and huge sums outgrow it: then float32 rounds the coarse part too.
   rounds = isinstance(config.sketch, sketch.Gaussian) | (_peak([coarse]) > grid * np.float32(2.0**23))
