@@ -205,8 +205,8 @@ def _observe_updates(config: Config, layout: Layout, state: Parts, step: Any) ->
   return state._replace(rows=_write(rows, slot, row, state), elapsed=jnp.where(due, 0, elapsed))
 
 
-def _without_rows(state: Parts) -> Parts:
-  """For branches and selections, which would copy the rows."""
+def _without_rows(state: Any) -> Any:
+  """For branches and selections, which would copy the rows, and for reports, which need none."""
   return state._replace(rows=())
 
 
@@ -314,7 +314,7 @@ def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState)
   return parts
 
 
-def _group_index(state: TrackerState, group: Hashable | None) -> Any:
+def _group_index(state: TrackerState, group: Hashable | None) -> int | jax.Array:
   if group is None:
     return 0
   labels = state.labels.reshape(-1, *state.labels.shape[-2:])[0, 1:]
@@ -347,19 +347,22 @@ def report(state: TrackerState, *, group: Hashable | None = None, window: int | 
   sizes = window_sizes(state)
   if window is not None and window not in sizes:
     raise ValueError(f"sedjax: there is no window {window!r}; the tracker's windows are {sizes}.")
+  at = len(sizes) - 1 if window is None else sizes.index(window)
+  return _report(_without_rows(state), at, _group_index(state, group))
+
+
+# Compiled as a whole: outside of jit, the fifty small operations take 0.1 s on eight devices.
+@functools.partial(jax.jit, static_argnums=1)
+def _report(state: TrackerState, window: int, group: Any) -> Report:
   parts = unpack(state)
-  return _pick(state, _with_counters(parts, parts.reports[-1 if window is None else sizes.index(window)]), group)
+  return _pick(_with_counters(parts, parts.reports[window]), group)
 
 
-def _pick(state: TrackerState, found: Report, group: Hashable | None) -> Report:
-  index = _group_index(state, group)
-  known = jnp.asarray(index >= 0)
+def _pick(found: Report, group: jax.Array) -> Report:
+  known = group >= 0
 
   def pick(name: str, field: jax.Array) -> jax.Array:
-    axis = -2 if name in VECTOR_FIELDS else -1
-    picked = jnp.take(field, jnp.maximum(index, 0), axis=axis)
-    if isinstance(index, int):
-      return picked
+    picked = jnp.take(field, jnp.maximum(group, 0), axis=-2 if name in VECTOR_FIELDS else -1)
     if field.dtype == jnp.bool_:
       return picked & known
     void = jnp.nan if field.dtype == jnp.float32 else int(Status.UNKNOWN_GROUP) if name == "status" else -1
@@ -373,6 +376,11 @@ def reports(state: TrackerState) -> Report:
 
   Group 0 is the whole model; the others follow in the order in which the tree's leaves first name them.
   """
+  return _reports(_without_rows(state))
+
+
+@jax.jit
+def _reports(state: TrackerState) -> Report:
   largest = window_sizes(state)[-1]
 
   def stack(name: str, fields: tuple[jax.Array, ...]) -> jax.Array:
@@ -396,7 +404,13 @@ def history(state: TrackerState, *, group: Hashable | None = None, window: int |
   sizes = window_sizes(state)
   if window is not None and window not in sizes:
     raise ValueError(f"sedjax: there is no window {window!r}; the tracker's windows are {sizes}.")
-  ring = _pick(state, unpack(state).history[-1 if window is None else sizes.index(window)], group)
+  at = len(sizes) - 1 if window is None else sizes.index(window)
+  return _history(_without_rows(state), at, _group_index(state, group))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _history(state: TrackerState, window: int, group: Any) -> Report:
+  ring = _pick(unpack(state).history[window], group)
   order = jnp.argsort(ring.count, axis=-1)
 
   def by_age(name: str, field: jax.Array) -> jax.Array:

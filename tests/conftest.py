@@ -10,9 +10,12 @@ QUICK = (
 )
 # Eight devices on a busy machine of few cores may wait long for each other.
 PATIENT = (
-  "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+  "--xla_cpu_collective_call_warn_stuck_timeout_seconds=60 --xla_cpu_collective_call_terminate_timeout_seconds=200"
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK} {PATIENT}"
+# XLA's thread pool for CPU devices. With fewer threads than devices times programs in flight, devices that wait for
+# each other hold every thread that the others need.
+os.environ.setdefault("NPROC", "32")
 
 # Where libtpu is installed it would be asked for devices, and take the flags above for errors.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,3 +23,5 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402 - reads the environment
 
 jax.config.update("jax_num_cpu_devices", 8)
+# One program at a time over the eight devices, for the same reason.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
