@@ -83,7 +83,7 @@ def _told_as(what: str) -> Iterator[None]:
 
 
 def _fill(file: Any, out: np.ndarray) -> None:
-  view = memoryview(out.view(np.uint8)).cast("B")
+  view: Any = memoryview(out.view(np.uint8))  # pyright: ignore[reportArgumentType]
   done = 0
   while done < len(view):
     count = file.readinto(view[done:])
