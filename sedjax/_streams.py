@@ -96,7 +96,32 @@ def _leaf_row(config: core.Config, axes: tuple[int, ...] | None, leaf: jax.Array
   return read_leaf(config, leaf if axes is None else leaf.transpose(axes), hashes)
 
 
-_push_row = jax.jit(core.push_row, static_argnums=0, donate_argnums=1)
+# XLA's CPU compiler takes seconds over the many small operations of a report, which take no time to run.
+_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+class _Tracker:
+  """A tracker's state, with its functions compiled."""
+
+  def __init__(self, selection: Selection):
+    self._config = selection.config
+    self.state = jax.jit(lambda: core.init(self._config, selection.tree))()
+    self.blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(core.reports, self.state))
+    row = np.zeros((len(selection.labels), self._config.sketch.dim), np.float32)
+
+    def push(state: core.TrackerState, row: jax.Array, steps: Any, lossy: Any) -> tuple[core.TrackerState, Report]:
+      state = core.push_row(self._config, state, row, steps, lossy)
+      return state, core.reports(state)
+
+    options = _QUICK if jax.default_backend() == "cpu" else None
+    lowered = jax.jit(push, donate_argnums=0).lower(self.state, row, np.int32(0), np.bool_(False))
+    with_thread = concurrent.futures.ThreadPoolExecutor(1)  # compiled while the first checkpoints are read
+    self._push = with_thread.submit(lowered.compile, options)
+    with_thread.shutdown(wait=False)
+
+  def push(self, row: np.ndarray, steps: int, lossy: bool) -> Report:
+    self.state, report = self._push.result()(self.state, row, np.int32(steps), np.bool_(lossy))
+    return report
 
 
 def _add_leaf(config: core.Config, leaf: Leaf, array: np.ndarray, rows: np.ndarray) -> tuple[float, bool]:
@@ -134,16 +159,16 @@ def sketch_series(
 ) -> Iterator[tuple[int, Report]]:
   """The reports so far, and then one after each checkpoint; the state is saved before it is handed out."""
   config = selection.config
-  state = core.init(config, selection.tree)
-  leaves, structure = jax.tree.flatten(state)
-  blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), core.reports(state))
+  tracker = _Tracker(selection)
+  leaves, structure = jax.tree.flatten(tracker.state)
+  blank = tracker.blank
   done, base, base_step = 0, None, 0
   saved = store.load()
   if saved is not None:
     # Checkpoints that were read must still be there; later ones may have come.
     read = json.loads(saved["read"].tobytes())
     if read == [signature_of(entry) for entry in series[: len(read)]]:
-      state = structure.unflatten([saved[f"state{i}"] for i in range(len(leaves))])
+      tracker.state = structure.unflatten([jax.numpy.asarray(saved[f"state{i}"]) for i in range(len(leaves))])
       done, base, base_step = len(read), saved["base"], int(saved["base_step"])
       print(f"going on after step {series[done - 1].step}", file=sys.stderr)
     else:
@@ -173,11 +198,10 @@ def sketch_series(
       else:
         row = (rows - base).astype(np.float32)
         lossy = np.sqrt(squared_error) > LOSSY * np.linalg.norm(row)
-        state = _push_row(config, state, row, np.int32(series[i].step - base_step), bool(lossy))
-        report = _to_bytes(core.reports(state))
+        report = _to_bytes(tracker.push(row, series[i].step - base_step, bool(lossy)))
         if np.any(row):
           base, base_step = rows, series[i].step
-      arrays = {f"state{n}": np.asarray(leaf) for n, leaf in enumerate(jax.tree.leaves(state))}
+      arrays = {f"state{n}": np.asarray(leaf) for n, leaf in enumerate(jax.tree.leaves(tracker.state))}
       read = np.frombuffer(json.dumps(signatures).encode(), np.uint8)
       store.save({**arrays, "base": base, "base_step": base_step, "read": read}, report, i)
       rows, squared_error = np.zeros_like(rows), 0.0
@@ -313,7 +337,7 @@ def _reports_of_gram(
   if config.groups is not None:
     gram, fourth = (np.concatenate([x.sum(0, keepdims=True), x]) for x in (gram, fourth))
   empty = {path: jax.ShapeDtypeStruct((0,), np.float32) for path in selection.tree}
-  state = core.init(config, empty)
+  state = jax.jit(lambda: core.init(config, empty))()
   rows: list[int] = []  # those that are not zero, newest first
   base_step = series[0].step
   for row in range(gram.shape[1]):
