@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
@@ -92,48 +93,68 @@ class _Progress:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _leaf_row(config: core.Config, axes: tuple[int, ...] | None, leaf: jax.Array, hashes: Any) -> Any:
-  return read_leaf(config, leaf if axes is None else leaf.transpose(axes), hashes)
+def _leaf_row(sketch: Any, axes: tuple[int, ...] | None, leaf: jax.Array, hashes: Any) -> Any:
+  return read_leaf(sketch, leaf if axes is None else leaf.transpose(axes), hashes)
 
 
 # XLA's CPU compiler takes seconds over the many small operations of a report, which take no time to run.
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
+@functools.lru_cache(maxsize=8)
+def _compiled_push(config: core.Config, like: tuple[Any, ...]) -> concurrent.futures.Future[Any]:
+  """The function that takes in a row and reports, being compiled by a thread.
+
+  Args:
+    config: what to measure, with any groups.
+    like: the state's tree, then shape and dtype of each of its arrays.
+  """
+  structure, *leaves = like
+  state = structure.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+
+  def push(state: core.TrackerState, row: jax.Array, steps: Any, lossy: Any) -> tuple[core.TrackerState, Report]:
+    state = core.push_row(config, state, row, steps, lossy)
+    return state, core.reports(state)
+
+  row = jax.ShapeDtypeStruct(state.rows.shape[1:], np.float32)
+  lowered = jax.jit(push, donate_argnums=0).lower(state, row, np.int32(0), np.bool_(False))
+  pool = concurrent.futures.ThreadPoolExecutor(1)
+  future = pool.submit(lowered.compile, _QUICK if jax.default_backend() == "cpu" else None)
+  pool.shutdown(wait=False)
+  return future
+
+
+def _grouped(path: str) -> str:
+  """Stands for any groups, which differ from call to call, in what is compiled."""
+  return path
+
+
 class _Tracker:
-  """A tracker's state, with its functions compiled."""
+  """A tracker's state, and what takes it on."""
 
   def __init__(self, selection: Selection):
-    self._config = selection.config
-    self.state = jax.jit(lambda: core.init(self._config, selection.tree))()
+    config = selection.config
+    self.state = jax.jit(lambda: core.init(config, selection.tree))()
     self.blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(core.reports, self.state))
-    row = np.zeros((len(selection.labels), self._config.sketch.dim), np.float32)
-
-    def push(state: core.TrackerState, row: jax.Array, steps: Any, lossy: Any) -> tuple[core.TrackerState, Report]:
-      state = core.push_row(self._config, state, row, steps, lossy)
-      return state, core.reports(state)
-
-    options = _QUICK if jax.default_backend() == "cpu" else None
-    lowered = jax.jit(push, donate_argnums=0).lower(self.state, row, np.int32(0), np.bool_(False))
-    with_thread = concurrent.futures.ThreadPoolExecutor(1)  # compiled while the first checkpoints are read
-    self._push = with_thread.submit(lowered.compile, options)
-    with_thread.shutdown(wait=False)
+    leaves, structure = jax.tree.flatten(self.state)
+    config = dataclasses.replace(config, groups=None if config.groups is None else _grouped)
+    self._push = _compiled_push(config, (structure, *((leaf.shape, leaf.dtype) for leaf in leaves)))
 
   def push(self, row: np.ndarray, steps: int, lossy: bool) -> Report:
     self.state, report = self._push.result()(self.state, row, np.int32(steps), np.bool_(lossy))
     return report
 
 
-def _add_leaf(config: core.Config, leaf: Leaf, array: np.ndarray, rows: np.ndarray) -> tuple[float, bool]:
+def _add_leaf(sketch: Any, leaf: Leaf, array: np.ndarray, rows: np.ndarray) -> tuple[float, bool]:
   """Adds a leaf's sketch to its label's row; returns its rounding error, and whether it is finite."""
   shape = (2, *leaf.shape) if leaf.dtype.kind == "c" else leaf.shape
-  hashes = config.sketch.hashes(leaf.path, shape)
+  hashes = sketch.hashes(leaf.path, shape)
   wide = leaf.dtype in (np.float64, np.complex128)
   with jax.enable_x64(True) if wide else contextlib.nullcontext():
-    parts, error, peak = _leaf_row(config, leaf.axes, jax.device_put(array.reshape(leaf.info.shape)), hashes)
+    parts, error, peak = _leaf_row(sketch, leaf.axes, jax.device_put(array.reshape(leaf.info.shape)), hashes)
   coarse, fine = np.asarray(parts)
   row = np.add(coarse, fine, dtype=np.float64)
-  offset = config.sketch.offset(leaf.path)
+  offset = sketch.offset(leaf.path)
   rows[leaf.label, offset:] += row[: row.size - offset]
   rows[leaf.label, :offset] += row[row.size - offset :]
   return float(error), bool(np.isfinite(peak))
@@ -184,7 +205,7 @@ def sketch_series(
     contextlib.closing(_ahead(_read_leaves(series, selection, done))) as items,
   ):
     for i, leaf, array in items:
-      error, finite = _add_leaf(config, leaf, array, rows)
+      error, finite = _add_leaf(config.sketch, leaf, array, rows)
       if not finite:
         raise error_at(series[i], leaf.path, "it holds NaN or infinite numbers")
       squared_error += error**2
@@ -337,7 +358,9 @@ def _reports_of_gram(
   if config.groups is not None:
     gram, fourth = (np.concatenate([x.sum(0, keepdims=True), x]) for x in (gram, fourth))
   empty = {path: jax.ShapeDtypeStruct((0,), np.float32) for path in selection.tree}
-  state = jax.jit(lambda: core.init(config, empty))()
+  state = jax.jit(lambda: core.init(selection.config, empty))()
+  # What is compiled does not depend on which groups there are.
+  config = dataclasses.replace(config, groups=None if config.groups is None else _grouped)
   rows: list[int] = []  # those that are not zero, newest first
   base_step = series[0].step
   for row in range(gram.shape[1]):

@@ -179,8 +179,6 @@ def test_exact_mode_is_that_of_float64(files, series, monkeypatch):
       for name in ("singular_values", "ratios", "drift_speed", "pc1_fraction", "alignment", "last_update_norm"):
         values = report[name].values[: len(np.atleast_1d(expected[name]))] if report[name].ndim else report[name].values
         np.testing.assert_allclose(values, expected[name], rtol=1e-4, err_msg=name)
-      energy = (rows[last - 1] ** 2).sum()
-      assert report.effective_dim > 3 and energy > 0
 
 
 def test_exact_mode_agrees_with_a_live_exact_tracker(files, series):
@@ -230,7 +228,7 @@ def test_wide_and_narrow_dtypes(tmp_path):
 def test_tied_tensors_buffers_and_prefixes(tmp_path, series):
   torch = pytest.importorskip("torch")
 
-  def extras(params, i):
+  def extras(i):
     return {
       "h.0.attn.bias": np.tril(np.ones((1, 1, 8, 8), np.float32)),
       "h.0.attn.masked_bias": np.float32(-1e4).reshape(()),
@@ -243,7 +241,7 @@ def test_tied_tensors_buffers_and_prefixes(tmp_path, series):
     }
 
   def tensors(params, i):
-    return {**dotted(params), **extras(params, i), "lm_head.weight": params["emb"]}
+    return {**dotted(params), **extras(i), "lm_head.weight": params["emb"]}
 
   def by_torch(path, params):
     state = {f"_orig_mod.module.{n}": torch.tensor(x) for n, x in tensors(params, int(path.stem[5:])).items()}
@@ -537,6 +535,8 @@ def test_mangled_files_give_the_error_or_a_result(kind, tmp_path):
   content, suffix = content_of(kind)
   path = tmp_path / f"mangled{suffix}"
 
+  messages = []
+
   @hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None)
   @hypothesis.given(strategies.data())
   def mangle(data):
@@ -547,8 +547,7 @@ def test_mangled_files_give_the_error_or_a_result(kind, tmp_path):
     try:
       reader = _readers.open_checkpoint(path)
     except _readers.ReadError as error:
-      assert str(error)
-      assert "\n" not in str(error)
+      messages.append(str(error))
       return
     try:
       for name, info in reader.tensors.items():
@@ -561,6 +560,8 @@ def test_mangled_files_give_the_error_or_a_result(kind, tmp_path):
       reader.close()
 
   mangle()
+  assert messages
+  assert all(message and "\n" not in message for message in messages)
 
 
 def test_noise_of_rows_of_very_many_steps():
