@@ -13,7 +13,15 @@ import pytest
 import sedjax
 
 ROOT = pathlib.Path(__file__).parents[1]
-MODULES = ("sedjax", "sedjax.core", "sedjax.sketch", "sedjax._transform", "sedjax._migrate", "sedjax._types")
+MODULES = (
+  "sedjax",
+  "sedjax.core",
+  "sedjax.sketch",
+  "sedjax._transform",
+  "sedjax._migrate",
+  "sedjax._types",
+  "sedjax.checkpoints",
+)
 
 
 def test_public_names():
@@ -39,7 +47,7 @@ def test_public_names():
 
 
 def test_import_brings_in_no_extra():
-  extras = ("matplotlib", "xarray", "flax", "orbax", "rich", "h5netcdf", "scipy")
+  extras = ("matplotlib", "xarray", "flax", "orbax", "rich", "h5netcdf", "scipy", "torch", "safetensors")
   code = f"""
 import sys, jax, optax, numpy
 before = set(sys.modules)
