@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
 import os
 import resource
 import shlex
@@ -67,8 +68,8 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
       file.write(tensor.data)
 
 
-def make(folder: Path, count: int, tree: str) -> int:
-  """Writes the series, one checkpoint after the other; returns how many there are."""
+def make(folder: Path, count: int, tree: str) -> None:
+  """Writes the series, one checkpoint after the other."""
   import jax
   import models
 
@@ -91,7 +92,6 @@ def make(folder: Path, count: int, tree: str) -> int:
       step += (2 - i / count) * drifts[0][name] + np.float32(np.cos(i / 3)) * drifts[1][name]
       step *= 1e-4
       param += step
-  return count
 
 
 # ---- the ways, each in a process of its own ----
@@ -212,7 +212,8 @@ def errors(found: dict[str, Any], exact: list[list[float]]) -> dict[str, float]:
   return {
     "singular_values_max": float(np.max(np.abs(values / true - 1))),
     "singular_values_rms": float(np.sqrt(np.mean((values / true - 1) ** 2))),
-    "ratios_rms": float(np.sqrt(np.mean((ratios / true_ratios - 1) ** 2))),
+    "ratios_max": float(np.max(np.abs(np.log(ratios / true_ratios)))),
+    "ratios_rms": float(np.sqrt(np.mean(np.log(ratios / true_ratios) ** 2))),
   }
 
 
@@ -224,7 +225,10 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
   if args.way is not None:
-    import sedjax.checkpoints  # noqa: F401 - so that no way's time is that of importing
+    import h5netcdf  # noqa: F401 - so that no way's time is that of importing
+    import xarray  # noqa: F401
+
+    import sedjax.checkpoints  # noqa: F401
 
     start = time.perf_counter()
     found = WAYS[args.way](args.folder)
@@ -235,7 +239,14 @@ def main(argv: list[str]) -> None:
   tree = SMOKE_TREE if args.smoke else TREE
   with tempfile.TemporaryDirectory(dir=args.folder) as name:
     folder = Path(name)
-    count = make(folder, args.checkpoints or (SMOKE_CHECKPOINTS if args.smoke else CHECKPOINTS), tree)
+    count = args.checkpoints or (SMOKE_CHECKPOINTS if args.smoke else CHECKPOINTS)
+    # In a process of its own, since processes inherit the largest resident set of the one that started them.
+    maker = multiprocessing.get_context("spawn").Process(target=make, args=(folder, count, tree))
+    maker.start()
+    maker.join()
+    count = len(step_files(folder))
+    if maker.exitcode:
+      raise SystemExit(maker.exitcode)
     size = sum(file.stat().st_size for file in step_files(folder))
     found: dict[str, dict[str, Any]] = {}
     reads = []
@@ -274,7 +285,8 @@ def store(
     ways[way] = {name: value for name, value in one.items() if name not in ("singular_values", "effective_dim")}
     ways[way]["errors"] = errors(one, exact)
   dims = found["sketch, warm"]["effective_dim"][-len(exact) :]
-  stated = float(np.sqrt(1 / (2 * np.mean(dims))))
+  # Of the logarithm of a ratio, as `edge_ambiguous` reckons, with its three standard errors.
+  stated = float(np.sqrt(1 / np.mean(dims)))
   sketch, precise = ways["sketch, warm"], ways["exact, warm"]
   cold = {f"{way} ÷ reading": [ways[way]["ratio_to_reading"], MOST_RATIO] for way in ways if way == "sketch, cold"}
   targets = {
@@ -282,8 +294,7 @@ def store(
     **cold,
     "sketch, warm ÷ reading": [sketch["ratio_to_reading"], MOST_RATIO],
     "exact: largest relative error": [precise["errors"]["singular_values_max"], MOST_EXACT_ERROR],
-    # In the mean over windows and places, which are not independent: up to half more than a window's expected error.
-    "sketch: relative error": [sketch["errors"]["singular_values_rms"], 1.5 * stated],
+    "sketch: largest relative error of a ratio": [sketch["errors"]["ratios_max"], 3 * stated],
   }
   result = {
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

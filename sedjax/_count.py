@@ -35,6 +35,8 @@ _ALIVE = 2**20
 _CHUNK = 2**20
 # Hashes of so many indices are made while tracing, which halves the strided kernels and their compile time.
 _TABLE = 2**18
+# A `part` of numbers that is all of them, summed in float64 (which has to be enabled).
+WIDE = 2
 
 
 class Hashes(NamedTuple):
@@ -133,6 +135,13 @@ def offset_of(path: str, dim: int, seed: int) -> int:
   return int(mix(np.asarray([path_key(path, seed)]))[0]) % dim
 
 
+def vector_row(x: np.ndarray, hashes: Hashes, dim: int) -> np.ndarray:
+  """float64[dim], in NumPy: the sketch of a real vector or scalar by its hashes."""
+  bits = mix(hashes.rows[0] ^ hashes.columns) << np.uint32(31)
+  signed = np.where(bits >= _SIGN, -1.0, 1.0) * x.reshape(-1)
+  return np.pad(signed, (0, -signed.size % dim)).reshape(-1, dim).sum(0)
+
+
 def _plan(piece: Piece, shape: tuple[int, ...], dim: int, seed: int) -> _Plan:
   key = path_key(piece.path, seed) if piece.hashes is None else piece.hashes.key
   columns = shape[-1] if shape else 1
@@ -174,10 +183,15 @@ def later_than(x: jax.Array, other: jax.Array) -> jax.Array:
   return lax.bitcast_convert_type(_as_uint(x) ^ _zero_of(other), jnp.float32)
 
 
+def _dtype(part: int | None) -> Any:
+  """In which a part is summed."""
+  return jnp.float64 if part == WIDE else jnp.float32
+
+
 def part_of(x: jax.Array, part: int | None, grid: Any) -> jax.Array:
-  """float32: x itself, or its multiple of `grid` (part 0), or what that leaves (part 1)."""
-  if part is None:
-    return x.astype(jnp.float32)
+  """float32: x itself, or its multiple of `grid` (part 0), or what that leaves (part 1); part WIDE: x in float64."""
+  if part is None or part == WIDE:
+    return x.astype(_dtype(part))
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   # The grid is a power of two: a product is exact, and XLA would store the quotients of a whole leaf.
   coarse = jnp.round(x * (1 / grid.astype(x.dtype))) * grid.astype(x.dtype)
@@ -224,7 +238,7 @@ def _block_sums(
 ) -> jax.Array:
   """float32[min(count, g), n]: sums of `count` buckets' worth of rows from `row` on, which falls into bucket 0."""
   # XLA repeats what is done to every slice in the kernel up to 15 times; more often, it would store the whole leaf.
-  stride = min(_STRIDE if part is None and x.dtype == jnp.float32 else _STRIDE // 2, plan.per_bucket)
+  stride = min(_STRIDE if part in (None, WIDE) and x.dtype == jnp.float32 else _STRIDE // 2, plan.per_bucket)
   per_bucket = plan.per_bucket // stride
   first = row // _HASH_ROWS
   last = -(-(row + count * plan.per_bucket) // _HASH_ROWS)
@@ -234,7 +248,7 @@ def _block_sums(
   sums = sums.reshape(count, per_bucket, x.shape[1]).sum(1) if per_bucket > 1 else sums
   if count <= plan.buckets:
     return sums
-  sums = lax.pad(sums, np.float32(0), ((0, -count % plan.buckets, 0), (0, 0, 0)))
+  sums = lax.pad(sums, sums.dtype.type(0), ((0, -count % plan.buckets, 0), (0, 0, 0)))
   return sums.reshape(-1, plan.buckets, x.shape[1]).sum(0)
 
 
@@ -248,8 +262,8 @@ def _last_rows(x: jax.Array, row: int, keys: Any, columns: Any, part: Any, grid:
 class _Rows:
   """Rows under construction; starts new work only after earlier work is done, to bound what is alive."""
 
-  def __init__(self, labels: int, dim: int):
-    self.rows = [jnp.zeros((dim,), jnp.float32) for _ in range(labels)]
+  def __init__(self, labels: int, dim: int, dtype: Any = jnp.float32):
+    self.rows = [jnp.zeros((dim,), dtype) for _ in range(labels)]
     self._alive = 0
     self._last: jax.Array | None = None
     self._wait: Any = np.uint32(0)
@@ -257,7 +271,7 @@ class _Rows:
   def after_earlier_work(self, keys: Any, size: int) -> Any:
     """`keys`, unchanged, but on paper dependent on earlier rows when `size` more numbers would be too many alive."""
     if self._alive + size > _ALIVE and self._last is not None:
-      self._wait = _zero_of(self._last)
+      self._wait = _zero_of(self._last.astype(jnp.float32))
       self._alive, self._last = 0, None
     self._alive += size
     return keys ^ self._wait
@@ -313,7 +327,7 @@ def _bucket_sums(piece: Piece, plan: _Plan, most: int, part: Any, grid: Any) -> 
   sums = []
   for first in range(0, plan.buckets, most):
     wanted = np.arange(first, min(first + most, plan.buckets), dtype=np.uint32)
-    one_hot = (jnp.asarray(bucket) == wanted).astype(jnp.float32)
+    one_hot = (jnp.asarray(bucket) == wanted).astype(signed.dtype)
     sums.append(lax.dot_general(one_hot, signed, ((leading, leading), ((), ())), lax.Precision.HIGHEST))
   return jnp.concatenate(sums)
 
@@ -363,7 +377,7 @@ def _indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> tu
     sums = lax.platform_dependent(piece.array, piece.start, grid, cpu=chunked, default=direct)
     if sums.shape[1] < plan.columns:
       at = jnp.asarray(piece.start[-1], jnp.int32)
-      sums = lax.dynamic_update_slice_in_dim(jnp.zeros((plan.buckets, plan.columns), jnp.float32), sums, at, 1)
+      sums = lax.dynamic_update_slice_in_dim(jnp.zeros((plan.buckets, plan.columns), sums.dtype), sums, at, 1)
   return plan.offset, sums.reshape(-1)
 
 
@@ -379,13 +393,14 @@ def _sum_terms(terms: list[tuple[int, jax.Array]], dim: int) -> jax.Array:
       layers.append([(at, term)])
     else:
       layer.append((at, term))
-  total = jnp.zeros((laps * dim,), jnp.float32)
+  dtype = terms[0][1].dtype
+  total = jnp.zeros((laps * dim,), dtype)
   for layer in layers:
     parts, first, end = [], layer[0][0], layer[0][0]
     for at, term in layer:
-      parts += [jnp.zeros((at - end,), jnp.float32), term] if at > end else [term]
+      parts += [jnp.zeros((at - end,), dtype), term] if at > end else [term]
       end = at + term.size
-    total = total + lax.pad(jnp.concatenate(parts), np.float32(0), ((first, laps * dim - end, 0),))
+    total = total + lax.pad(jnp.concatenate(parts), dtype.type(0), ((first, laps * dim - end, 0),))
   return functools.reduce(jnp.add, (lax.slice(total, (lap * dim,), ((lap + 1) * dim,)) for lap in range(laps)))
 
 
@@ -401,7 +416,7 @@ def count_rows(
   part: int | None = None,
   grid: Any = None,
 ) -> list[jax.Array]:
-  """float32[dim] for each label: the sketches of its leaves or blocks, summed.
+  """float32[dim] (float64 where `part` is WIDE) for each label: the sketches of its leaves or blocks, summed.
 
   Args:
     pieces: real leaves or blocks, none of them empty.
@@ -413,7 +428,7 @@ def count_rows(
   grid = jnp.float32(1) if grid is None else grid
 
   def strided(arrays: list[jax.Array], grid: Any) -> list[jax.Array]:
-    rows = _Rows(labels, dim)
+    rows = _Rows(labels, dim, _dtype(part))
     for piece, group, array in zip(pieces, groups, arrays, strict=True):
       _add_strided(rows, group, piece._replace(array=array), dim, seed, part, grid)
     return rows.rows
@@ -422,7 +437,7 @@ def count_rows(
     terms: list[list[tuple[int, jax.Array]]] = [[] for _ in range(labels)]
     for piece, group, array in zip(pieces, groups, arrays, strict=True):
       terms[group].append(_indexed_term(piece._replace(array=array), dim, seed, part, grid))
-    rows = [_sum_terms(some, dim) if some else jnp.zeros((dim,), jnp.float32) for some in terms]
+    rows = [_sum_terms(some, dim) if some else jnp.zeros((dim,), _dtype(part)) for some in terms]
     return lax.optimization_barrier(rows)
 
   arrays = [piece.array for piece in pieces]

@@ -16,12 +16,17 @@ import jax
 import numpy as np
 
 from sedjax import core
-from sedjax._rows import LOSSY, read_leaf
+from sedjax._count import WIDE, Hashes, Piece, vector_row
 from sedjax._selection import Leaf, Reading, Selection, aligned
 from sedjax._series import Entry, error_at
 from sedjax._store import Store, signature_of
 from sedjax._types import Report
+from sedjax.sketch import Count, as_real
 
+# NumPy's BLAS makes smaller products in one thread. Its threads spin while they wait for each other, and on a machine
+# that does something else, too, a product took 200 times as long with two of them.
+_ONE_THREAD = 2**18
+_CACHED = 2**13  # differences made at a time, that stay in a cache
 _EXACT_BYTES = 2**27  # differences held at a time in exact mode
 _OPEN_FILES = 64
 
@@ -92,13 +97,35 @@ class _Progress:
 # ---- sketches ----
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _leaf_row(sketch: Any, axes: tuple[int, ...] | None, leaf: jax.Array, hashes: Any) -> Any:
-  return read_leaf(sketch, leaf if axes is None else leaf.transpose(axes), hashes)
+_COMPILERS = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="sedjax-compiler")
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled_row(sketch: Any, axes: Any, shape: tuple[int, ...], dtype: np.dtype) -> concurrent.futures.Future[Any]:
+  """The function that sketches tensors of one shape, in float64 and by their hashes, being compiled by a thread.
+
+  In float64 neither the sums of a sketch nor the differences of two lose what parameters in float32 hold.
+  """
+
+  def row(leaf: jax.Array, hashes: Hashes) -> jax.Array:
+    leaf = as_real(leaf if axes is None else leaf.transpose(axes))
+    return sketch.rows([Piece("", leaf, hashes=hashes)], [0], 1, WIDE)[0]
+
+  def compiled() -> Any:
+    with jax.enable_x64(True):
+      turned = shape if axes is None else tuple(shape[axis] for axis in axes)
+      hashes = sketch.hashes("", (2, *turned) if dtype.kind == "c" else turned)
+      return jax.jit(row).lower(jax.ShapeDtypeStruct(shape, dtype), hashes).compile()
+
+  return _COMPILERS.submit(compiled)
 
 
 # XLA's CPU compiler takes seconds over the many small operations of a report, which take no time to run.
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def _quick() -> dict[str, Any] | None:
+  return _QUICK if jax.default_backend() == "cpu" else None
 
 
 @functools.lru_cache(maxsize=8)
@@ -118,10 +145,7 @@ def _compiled_push(config: core.Config, like: tuple[Any, ...]) -> concurrent.fut
 
   row = jax.ShapeDtypeStruct(state.rows.shape[1:], np.float32)
   lowered = jax.jit(push, donate_argnums=0).lower(state, row, np.int32(0), np.bool_(False))
-  pool = concurrent.futures.ThreadPoolExecutor(1)
-  future = pool.submit(lowered.compile, _QUICK if jax.default_backend() == "cpu" else None)
-  pool.shutdown(wait=False)
-  return future
+  return _COMPILERS.submit(lowered.compile, _quick())
 
 
 def _grouped(path: str) -> str:
@@ -129,12 +153,16 @@ def _grouped(path: str) -> str:
   return path
 
 
+def _first_state(config: core.Config, tree: Any) -> core.TrackerState:
+  return jax.jit(lambda: core.init(config, tree)).lower().compile(_quick())()
+
+
 class _Tracker:
   """A tracker's state, and what takes it on."""
 
   def __init__(self, selection: Selection):
     config = selection.config
-    self.state = jax.jit(lambda: core.init(config, selection.tree))()
+    self.state = _first_state(config, selection.tree)
     self.blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(core.reports, self.state))
     leaves, structure = jax.tree.flatten(self.state)
     config = dataclasses.replace(config, groups=None if config.groups is None else _grouped)
@@ -149,23 +177,37 @@ _SMALL = 2**18  # columns of tensors whose hashes are kept from checkpoint to ch
 
 
 @functools.lru_cache(maxsize=4096)
-def _hashes(sketch: Any, path: str, shape: tuple[int, ...]) -> Any:
-  return jax.device_put(sketch.hashes(path, shape))
+def _hashes(sketch: Any, path: str, shape: tuple[int, ...]) -> Hashes:
+  return sketch.hashes(path, shape)
 
 
-def _add_leaf(sketch: Any, leaf: Leaf, array: np.ndarray, rows: np.ndarray) -> tuple[float, bool]:
-  """Adds a leaf's sketch to its label's row; returns its rounding error, and whether it is finite."""
+def _is_vector(sketch: Any, leaf: Leaf) -> bool:
+  """Whether NumPy sketches a leaf, in less time than it takes to call a compiled function."""
+  return isinstance(sketch, Count) and leaf.dtype.kind == "f" and leaf.info.size == max((1, *leaf.shape[-1:]))
+
+
+def _compile_all(selection: Selection) -> None:
+  """Begins to compile what the leaves need."""
+  sketch = selection.config.sketch
+  for leaf in selection.leaves:
+    if not _is_vector(sketch, leaf):
+      _compiled_row(sketch, leaf.axes, leaf.info.shape, leaf.dtype)
+
+
+def _add_leaf(sketch: Any, leaf: Leaf, array: np.ndarray, rows: np.ndarray) -> bool:
+  """Adds a leaf's sketch to its label's row; returns whether it is finite."""
   shape = (2, *leaf.shape) if leaf.dtype.kind == "c" else leaf.shape
-  hashes = _hashes(sketch, leaf.path, shape) if leaf.shape[-1:] <= (_SMALL,) else sketch.hashes(leaf.path, shape)
-  wide = leaf.dtype in (np.float64, np.complex128)
-  with jax.enable_x64(True) if wide else contextlib.nullcontext():
-    parts, error, peak = _leaf_row(sketch, leaf.axes, jax.device_put(array.reshape(leaf.info.shape)), hashes)
-  coarse, fine = np.asarray(parts)
-  row = np.add(coarse, fine, dtype=np.float64)
+  hashes = _hashes(sketch, leaf.path, shape) if shape[-1:] <= (_SMALL,) else sketch.hashes(leaf.path, shape)
+  if _is_vector(sketch, leaf):
+    row = vector_row(array, hashes, sketch.dim)
+  else:
+    call = _compiled_row(sketch, leaf.axes, leaf.info.shape, leaf.dtype).result()
+    with jax.enable_x64(True):
+      row = np.asarray(call(jax.device_put(array.reshape(leaf.info.shape)), hashes))
   offset = sketch.offset(leaf.path)
   rows[leaf.label, offset:] += row[: row.size - offset]
   rows[leaf.label, :offset] += row[row.size - offset :]
-  return float(error), bool(np.isfinite(peak))
+  return bool(np.isfinite(row).all())
 
 
 def _read_leaves(series: list[Entry], selection: Selection, start: int) -> Generator[tuple[int, Leaf, np.ndarray]]:
@@ -188,6 +230,7 @@ def sketch_series(
 ) -> Iterator[tuple[int, Report]]:
   """The reports so far, and then one after each checkpoint; the state is saved before it is handed out."""
   config = selection.config
+  _compile_all(selection)
   tracker = _Tracker(selection)
   leaves, structure = jax.tree.flatten(tracker.state)
   blank = tracker.blank
@@ -207,16 +250,14 @@ def sketch_series(
   for i in range(1, done):
     yield i, _from_bytes(stored[(i - 1) * size : i * size], blank)
   signatures = [signature_of(entry) for entry in series[:done]]
-  rows, squared_error = np.zeros((len(selection.labels), config.sketch.dim)), 0.0
+  rows = np.zeros((len(selection.labels), config.sketch.dim))
   with (
     _Progress(progress, selection.bytes * len(series), selection.bytes * done) as bar,
     contextlib.closing(_ahead(_read_leaves(series, selection, done))) as items,
   ):
     for i, leaf, array in items:
-      error, finite = _add_leaf(config.sketch, leaf, array, rows)
-      if not finite:
+      if not _add_leaf(config.sketch, leaf, array, rows):
         raise error_at(series[i], leaf.path, "it holds NaN or infinite numbers")
-      squared_error += error**2
       bar.add(array.nbytes, f"step {series[i].step}")
       if leaf is not selection.leaves[-1]:
         continue
@@ -226,16 +267,20 @@ def sketch_series(
         base, base_step = rows, series[i].step
       else:
         row = (rows - base).astype(np.float32)
-        lossy = np.sqrt(squared_error) > LOSSY * np.linalg.norm(row)
+        lossy = _norm(rows) * 2.0**-50 > 0.01 * _norm(row)
         report = _to_bytes(tracker.push(row, series[i].step - base_step, bool(lossy)))
         if np.any(row):
           base, base_step = rows, series[i].step
       arrays = {f"state{n}": np.asarray(leaf) for n, leaf in enumerate(jax.tree.leaves(tracker.state))}
       read = np.frombuffer(json.dumps(signatures).encode(), np.uint8)
       store.save({**arrays, "base": base, "base_step": base_step, "read": read}, report, i)
-      rows, squared_error = np.zeros_like(rows), 0.0
+      rows = np.zeros_like(rows)
       if report:
         yield i, _from_bytes(report, blank)
+
+
+def _norm(x: np.ndarray) -> float:
+  return float(np.sqrt(np.square(x, dtype=np.float64).sum()))
 
 
 def _to_bytes(report: Report) -> bytes:
@@ -297,27 +342,33 @@ class _Band:
     self.fourth = np.zeros(rows)  # sums of fourth powers
     self._block = np.zeros((2 * reach, size))
     self._values = np.zeros((2, size))
-    self._squares = np.zeros(size)
+    self._inner = max(32, _ONE_THREAD // (2 * reach * reach))
+    self._squares = np.zeros(min(size, _CACHED))
 
   def add(self, i: int, array: np.ndarray, last: bool) -> bool:
     """Takes a chunk of checkpoint i; returns whether it is finite."""
     if array.dtype.kind == "c":
       array = array.view(f"f{array.itemsize // 2}")
-    size, reach = array.size, self.reach
+    size, reach, row = array.size, self.reach, i - 1
     now, before = self._values[i % 2, :size], self._values[(i + 1) % 2, :size]
-    np.copyto(now, array, casting="unsafe")
-    if not np.all(np.isfinite(now)):
+    at, block = reach + row % reach, self._block[:, :size]
+    for first in range(0, size, _CACHED):
+      part = slice(first, first + _CACHED)
+      np.copyto(now[part], array[part], casting="unsafe")
+      if i:
+        difference = np.subtract(now[part], before[part], out=block[at, part])
+        squares = np.square(difference, out=self._squares[: difference.size])
+        self.fourth[row] += squares @ squares
+    if (i == 0 or not np.isfinite(self.fourth[row])) and not np.all(np.isfinite(now)):
       return False
     if i == 0:
       return True
-    row, block = i - 1, self._block[:, :size]
-    at = reach + row % reach
-    np.subtract(now, before, out=block[at])
-    squares = np.square(block[at], out=self._squares[:size])
-    self.fourth[row] += squares @ squares
     if at == 2 * reach - 1 or last:
       first = reach if row < reach else 0  # the first block has none before it
-      products = block[reach : at + 1] @ block[first : at + 1].T
+      products = np.zeros((at + 1 - reach, at + 1 - first))
+      for start in range(0, size, self._inner):
+        part = slice(start, start + self._inner)
+        products += block[reach : at + 1, part] @ block[first : at + 1, part].T
       for place in range(at + 1 - reach):
         near = products[place, : reach + place + 1 - first][::-1][:reach]
         self.gram[row - (at - reach) + place, : near.size] += near
@@ -366,7 +417,7 @@ def _reports_of_gram(
   if config.groups is not None:
     gram, fourth = (np.concatenate([x.sum(0, keepdims=True), x]) for x in (gram, fourth))
   empty = {path: jax.ShapeDtypeStruct((0,), np.float32) for path in selection.tree}
-  state = jax.jit(lambda: core.init(selection.config, empty))()
+  state = _first_state(selection.config, empty)
   # What is compiled does not depend on which groups there are.
   config = dataclasses.replace(config, groups=None if config.groups is None else _grouped)
   rows: list[int] = []  # those that are not zero, newest first

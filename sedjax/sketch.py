@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedjax._count import Hashes, Piece, count_rows, hashes_of, index_hash, mix, offset_of, part_of, path_key
+from sedjax._count import WIDE, Hashes, Piece, count_rows, hashes_of, index_hash, mix, offset_of, part_of, path_key
 
 _VERSION = 2
 
@@ -75,7 +75,7 @@ class Gaussian(_Sketch):
   def rows(
     self, pieces: Sequence[Piece], groups: Sequence[int], labels: int, part: int | None = None, grid: Any = None
   ) -> list[jax.Array]:
-    rows = [jnp.zeros((self.dim,), jnp.float32) for _ in range(labels)]
+    rows = [jnp.zeros((self.dim,), jnp.float64 if part == WIDE else jnp.float32) for _ in range(labels)]
     for piece, group in zip(pieces, groups, strict=True):
       rows[group] = rows[group] + self._row(piece, part, grid)
     return rows
@@ -94,7 +94,7 @@ class Gaussian(_Sketch):
       # 23 bits, centred in their cells, so that the quantile function never sees -1 or 1.
       uniform = (bits >> 9).astype(jnp.float32) * np.float32(2**-22) + np.float32(2**-23 - 1)
       normal = np.float32(math.sqrt(2)) * jax.lax.erf_inv(uniform)
-      return jnp.einsum("kmn,mn->k", normal, x, precision=jax.lax.Precision.HIGHEST)
+      return jnp.einsum("kmn,mn->k", normal.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
 
     values = jax.lax.map(outputs, jnp.arange(-(-self.dim // chunk), dtype=jnp.uint32))
     return values.reshape(-1)[: self.dim] / np.float32(math.sqrt(self.dim))

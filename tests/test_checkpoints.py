@@ -16,7 +16,7 @@ import pytest
 from hypothesis import strategies
 
 import sedjax
-from sedjax import _analyze_cli, _readers, _store, checkpoints
+from sedjax import _analyze_cli, _count, _readers, _store, checkpoints
 from sedjax._null import row_covariance
 from sedjax.record import to_dataset
 
@@ -562,6 +562,28 @@ def test_mangled_files_give_the_error_or_a_result(kind, tmp_path):
   mangle()
   assert messages
   assert all(message and "\n" not in message for message in messages)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (70,), (5, 3), (96, 40), (33, 64), (1000, 24), (3, 4, 30), (2, 90)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16])
+def test_sketches_by_hashes_are_those_by_path(shape, dtype):
+  """In float64, in both forms of the map, and for vectors in NumPy."""
+  dim, path = 64, "layer/w"
+  sketch = sedjax.sketch.count(dim, seed=2)
+  x = np.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+  expected = np.asarray(sketch.apply(path, jnp.asarray(x.astype(np.float32))), np.float64)
+  hashes = sketch.hashes(path, shape)
+  with jax.enable_x64(True):
+    piece = _count.Piece("", jnp.asarray(x), hashes=hashes)
+    rows = _count._Rows(1, dim, jnp.float64)
+    _count._add_strided(rows, 0, piece, dim, 2, _count.WIDE, None)
+    found = [np.asarray(rows.rows[0]), np.asarray(sketch.rows([piece], [0], 1, _count.WIDE)[0])]
+  if x.ndim < 2:
+    found.append(_count.vector_row(x, hashes, dim))
+  for row in found:
+    assert row.dtype == np.float64
+    np.testing.assert_allclose(np.roll(row, sketch.offset(path)), expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(row, found[0], rtol=1e-12, atol=1e-12)
 
 
 def test_noise_of_rows_of_very_many_steps():
