@@ -1,5 +1,7 @@
 """Records: everything that trackers report, as one labelled `xarray.Dataset` (extra `io`).
 
+`Recorder` writes one while a run goes on, `open_record` reads it, `to_dataset` makes one of reports in memory.
+
 A record has the dimensions step, seed, window, group and index. Each field of a `Report` is a variable over them;
 `singular_values` and `ratios` also over `index`, the 1-based place k, with NaN where a window has no such place. The
 group "all" is the whole model. What the user adds has steps of its own: a series `name` lies on the dimension
@@ -88,8 +90,25 @@ def to_dataset(
     raise ValueError(f"sedjax.record: steps must be one-dimensional and ascend, got {steps}.")
   sizes = {"step": len(at), "seed": len(seeds), "window": len(windows), "group": len(groups)}
   index = np.arange(1, max(windows) + 1)
-  last = {"singular_values": np.asarray(windows), "ratios": np.asarray(windows) - 1}
   variables = {}
+  for name, values in arrange(reports, sizes, windows).items():
+    dims = (*DIMS, "index") if name in VECTOR_FIELDS else DIMS
+    variables[name] = (dims, values, attributes(name))
+  coords = {
+    "step": ("step", at, {"long_name": "optimizer step", "units": "steps"}),
+    "seed": ("seed", np.asarray(seeds)),
+    "window": ("window", np.asarray(windows, np.int64), {"long_name": "window", "units": "rows"}),
+    "group": ("group", np.asarray(groups, object)),
+    "index": ("index", index, {"long_name": "place k in the spectrum", "units": "1"}),
+  }
+  return xr.Dataset(variables, coords, {"record_version": VERSION, **(attrs or {})})
+
+
+def arrange(reports: Report, sizes: Mapping[str, int], windows: Sequence[int]) -> dict[str, np.ndarray]:
+  """Fields as a record has them, [step, seed, window, group] or also [index], from those that `to_dataset` takes."""
+  index = np.arange(1, max(windows) + 1)
+  last = {"singular_values": np.asarray(windows), "ratios": np.asarray(windows) - 1}
+  arranged = {}
   for name, field in zip(Report._fields, reports, strict=True):
     values = np.asarray(field)
     vector = name in VECTOR_FIELDS
@@ -105,15 +124,8 @@ def to_dataset(
     if vector:
       values = np.pad(values, [(0, 0)] * 4 + [(0, len(index) - values.shape[4])])
       values = np.where((index <= last[name][:, None])[:, None, :], values, np.float32(np.nan))
-    variables[name] = ((*DIMS, "index") if vector else DIMS, values, attributes(name))
-  coords = {
-    "step": ("step", at, {"long_name": "optimizer step", "units": "steps"}),
-    "seed": ("seed", np.asarray(seeds)),
-    "window": ("window", np.asarray(windows, np.int64), {"long_name": "window", "units": "rows"}),
-    "group": ("group", np.asarray(groups, object)),
-    "index": ("index", index, {"long_name": "place k in the spectrum", "units": "1"}),
-  }
-  return xr.Dataset(variables, coords, {"record_version": VERSION, **(attrs or {})})
+    arranged[name] = values
+  return arranged
 
 
 def attributes(name: str) -> dict[str, Any]:
