@@ -1,8 +1,8 @@
 """The journal of a record that is being written: frames, one after the other, each whole or not there.
 
 A frame is its length and the CRC-32 of what follows, a byte that says what it is, and its bytes. It is written by one
-call of the operating system at the file's end, so that a process that is killed leaves at most one torn frame, the last,
-which the check sum tells. Reading stops before the first frame that is not whole.
+call of the operating system at the file's end, so that a process that is killed leaves at most one torn frame, the
+last, which the check sum tells. Reading stops before the first frame that is not whole.
 
 A journal begins with a session frame, and every program that continues a record adds one. What earlier sessions
 recorded at or after a step that a later session reached again is replaced: rows, series and events where the later
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 class Contents(NamedTuple):
   """What a journal holds."""
 
-  layout: Mapping[str, Any]  # of the newest session: windows, groups, seeds, sketch_id, attrs, version
+  layout: Mapping[str, Any]  # windows, groups, seeds, sketch_id, version; attrs, the newest of each but for `created`
   rows: list[Row]  # ascending
   series: dict[str, list[tuple[int, Any]]]  # by name: steps, ascending, and values
   events: list[tuple[int, str]]
@@ -99,7 +99,9 @@ def read(file: BinaryIO) -> Contents | None:
       raise ValueError("it does not begin as a sedjax journal does")
     session = len(lows) - 1
     if kind == SESSION:
-      layout = json.loads(payload)
+      new = json.loads(payload)
+      first = {name: value for name, value in layout.get("attrs", {}).items() if name == "created"}
+      layout = new | {"attrs": {**layout.get("attrs", {}), **new["attrs"], **first}}
       lows.append({})
     elif kind == ROW:
       (step,) = _STEP.unpack_from(payload)

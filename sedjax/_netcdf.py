@@ -54,7 +54,7 @@ class Rows:
 
 
 class _Joined(BackendArray):
-  """A variable whose first `keep` steps are in the file and whose others are in the journal; reads what is asked for."""
+  """A variable whose first `keep` steps are in the file and the others in the journal; reads what is asked for."""
 
   def __init__(self, old: xr.Variable, keep: int, rows: Rows, name: str):
     self.old, self.keep, self.rows, self.name = old, keep, rows, name
@@ -205,8 +205,10 @@ def _write_empty(path: Path, empty: xr.Dataset, rows: Rows) -> None:
   encoding: dict[str, Any] = {}
   for name, (dtype, shape) in rows.fields.items():
     # What one reads is mostly one seed and window over all steps, of vectors one group.
-    others = [size if dim == "index" or (dim == "group" and "index" not in empty[name].dims) else 1
-              for dim, size in zip(empty[name].dims[1:], shape, strict=True)]
+    others = [
+      size if dim == "index" or (dim == "group" and "index" not in empty[name].dims) else 1
+      for dim, size in zip(empty[name].dims[1:], shape, strict=True)
+    ]
     encoding[name] = {"chunksizes": (block_length(dtype, shape), *others), "_FillValue": None, **FAST}
   encoding["step"] = {"chunksizes": (LONGEST_CHUNK,), **FAST}
   empty.to_netcdf(path, engine="h5netcdf", encoding=encoding, unlimited_dims=["step"])
