@@ -45,6 +45,18 @@ def write(path, first, pipe, rng):
           recorder.flush()
           os.write(pipe, f"{step}\n".encode())
         step += 1
+      os.write(pipe, b"closing\n")
+    os.write(pipe, b"closed\n")
+
+
+def wait_for(file, mark):
+  """Lines up to one that is the mark."""
+  lines = []
+  for line in file:
+    lines.append(line.strip())
+    if lines[-1] == mark:
+      break
+  return lines
 
 
 def check(path, reported):
@@ -71,7 +83,7 @@ def check(path, reported):
 
 def main(folder, kills, seed):
   rng = random.Random(seed)
-  counts = collections.Counter()
+  counts, conversion = collections.Counter(), 0.3
   for kill in range(kills):
     path = pathlib.Path(folder) / f"run{kill // KILLS_A_RECORD}.nc"
     if kill % KILLS_A_RECORD == 0:
@@ -86,12 +98,26 @@ def main(folder, kills, seed):
       finally:
         os._exit(1)
     os.close(writable)
-    time.sleep(rng.uniform(0, rng.choice([0.2, 1.5])))  # a conversion takes some tenths of a second
-    os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status), "the writer ended by itself"
     with open(readable) as file:
-      told = file.read().split()
+      # At any moment; while the file is made of the journal; about when the one replaced the other.
+      when = rng.choice(["any", "closing", "closed"])
+      if when == "any":
+        time.sleep(rng.uniform(0, 0.3))
+        told = []
+      else:
+        told = wait_for(file, "closing")
+        start = time.perf_counter()
+        if when == "closing":
+          time.sleep(rng.uniform(0, 1.1 * conversion))
+        else:
+          told += wait_for(file, "closed")
+          conversion = time.perf_counter() - start
+          time.sleep(rng.uniform(0, 0.02))
+      os.kill(pid, signal.SIGKILL)
+      _, status = os.waitpid(pid, 0)
+      assert os.WIFSIGNALED(status), "the writer ended by itself"
+      told += file.read().split()
+    told = [line for line in told if line.isdigit()]
     # A writer that goes back replaces the rows from there on, at its first row.
     partial, journal = (path.with_name(path.name + end) for end in (".partial", ".journal"))
     counts["in the conversion"] += partial.exists()

@@ -396,7 +396,7 @@ def test_no_room_for_the_file(tmp_path, monkeypatch):
     context.setattr(_netcdf, "_extend", full)
     recorder = recorder_of(path)
     recorder.append(3, report_of(3))
-    with pytest.raises(RuntimeError, match="could not be made .*No space left on device.*stays readable"):
+    with pytest.raises(RuntimeError, match=r"could not be made .*No space left on device.*stays readable"):
       recorder.close()
   assert sorted(os.listdir(tmp_path)) == ["run.nc", "run.nc.journal"]
   assert steps_of(path) == [0, 1, 2, 3]
@@ -518,7 +518,7 @@ def test_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match="pass windows=… and groups=…"):
       recorder.append(0, report_of(0))
     for name in ("step", "gap_ratio", "event", "loss_step", "a b"):
-      with pytest.raises((ValueError, TypeError), match="cannot be named|multiple values"):
+      with pytest.raises((ValueError, TypeError), match=r"cannot be named|multiple values"):
         recorder.log(0, **{name: 1.0})
     for value in ("high", np.ones((2, 2)), None):
       with pytest.raises(ValueError, match="loss must be a number or an array over seeds"):
@@ -569,7 +569,7 @@ def test_jsonl_sink(tmp_path):
 
 
 def test_a_failing_sink_is_named(tmp_path):
-  def broken(step, scalars):
+  def broken(*_):
     raise OSError("gone")
 
   recorder = recorder_of(tmp_path / "run.nc", sinks=[broken])
