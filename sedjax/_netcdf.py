@@ -185,7 +185,7 @@ def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None
   partial = path.with_name(path.name + ".partial")
   try:
     if path.exists():
-      with xr.open_dataset(path, engine="h5netcdf") as old:
+      with xr.open_dataset(path, engine="h5netcdf", drop_variables=rows.fields) as old:
         parts = parts_of(old, contents)
       shutil.copyfile(path, partial)
     else:
