@@ -434,3 +434,21 @@ def _history(state: TrackerState, window: int, group: Any) -> Report:
     return jnp.take_along_axis(field, order, -1)
 
   return Report(*(by_age(name, field) for name, field in zip(Report._fields, ring, strict=True)))
+
+
+def identity(state: TrackerState) -> tuple[jax.Array, jax.Array]:
+  """The groups' names (int32[..., G, 16], see `group_names`) and the map's id (int32[..., 5]), in new arrays.
+
+  The state's own may be donated to the next step.
+  """
+  return _identity(_without_rows(state))
+
+
+@jax.jit
+def _identity(state: TrackerState) -> tuple[jax.Array, jax.Array]:
+  return jnp.copy(state.labels), jnp.copy(map_id_of(state))
+
+
+def group_names(labels: Any) -> tuple[str, ...]:
+  """The text of the groups' names; "" is the whole model."""
+  return tuple(decode_label(words) for words in np.asarray(labels).reshape(-1, *np.shape(labels)[-2:])[0])

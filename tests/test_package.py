@@ -13,7 +13,16 @@ import pytest
 import sedjax
 
 ROOT = pathlib.Path(__file__).parents[1]
-MODULES = ("sedjax", "sedjax.core", "sedjax.sketch", "sedjax._transform", "sedjax._migrate", "sedjax._types")
+MODULES = (
+  "sedjax",
+  "sedjax.core",
+  "sedjax.record",
+  "sedjax.sinks",
+  "sedjax.sketch",
+  "sedjax._transform",
+  "sedjax._migrate",
+  "sedjax._types",
+)
 
 
 def test_public_names():
@@ -39,7 +48,7 @@ def test_public_names():
 
 
 def test_import_brings_in_no_extra():
-  extras = ("matplotlib", "xarray", "flax", "orbax", "rich", "h5netcdf", "scipy")
+  extras = ("matplotlib", "xarray", "flax", "orbax", "rich", "h5netcdf", "scipy", "tensorboardX", "wandb")
   code = f"""
 import sys, jax, optax, numpy
 before = set(sys.modules)
