@@ -37,6 +37,14 @@ _CHUNK = 2**20
 _TABLE = 2**18
 
 
+class Hashes(NamedTuple):
+  """Of a leaf's path and indices, for programs that are compiled for a shape and run for many paths."""
+
+  key: Any  # uint32[], see `path_key`
+  columns: Any  # uint32[n], of the trailing axis' indices
+  rows: Any  # uint32[ceil(m / 32)], of the rows' indices div 32
+
+
 class Piece(NamedTuple):
   """A leaf, or the block of a leaf that one device holds."""
 
@@ -44,12 +52,14 @@ class Piece(NamedTuple):
   array: jax.Array  # any shape and float dtype
   start: tuple[Any, ...] | None = None  # of the block, by axis; None for a whole leaf
   shape: tuple[int, ...] = ()  # of the whole leaf, where `start` is given
+  hashes: Hashes | None = None  # instead of the path; the row is then to be rolled by `offset_of` the path
 
   def placed(self) -> Piece:
     """The same with at least one axis, and the shape of the whole leaf."""
     start = (0,) if self.start == () else self.start
     array = self.array if self.array.ndim else self.array[None]
-    return Piece(self.path, array, start, array.shape if start is None else self.shape or (1,))
+    shape = array.shape if start is None else self.shape or (1,)
+    return self._replace(array=array, start=start, shape=shape)
 
   def row_index(self) -> Any:
     """uint32[leading axes]: the row, in the whole leaf, of each place of the leading axes."""
@@ -80,7 +90,7 @@ def _indices(size: int) -> Any:
 class _Plan(NamedTuple):
   """How a leaf's rows fall into buckets."""
 
-  key: np.uint32
+  key: Any  # uint32[]
   rows: int
   columns: int
   per_bucket: int  # rows that share a bucket: a power of two up to 32
@@ -110,8 +120,21 @@ def index_hash(index: Any, salt: np.uint32) -> Any:
     return mix(mix(index + _GOLDEN) + salt)
 
 
-def _plan(path: str, shape: tuple[int, ...], dim: int, seed: int) -> _Plan:
+def hashes_of(path: str, shape: tuple[int, ...], seed: int) -> Hashes:
+  """The hashes of a real leaf of this shape, in NumPy."""
   key = path_key(path, seed)
+  rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
+  column_hashes = index_hash(np.arange(columns, dtype=np.uint32), key)
+  return Hashes(key, column_hashes, index_hash(np.arange(-(-rows // _HASH_ROWS), dtype=np.uint32), ~key))
+
+
+def offset_of(path: str, dim: int, seed: int) -> int:
+  """Where a leaf's first bucket lies in the sketch."""
+  return int(mix(np.asarray([path_key(path, seed)]))[0]) % dim
+
+
+def _plan(piece: Piece, shape: tuple[int, ...], dim: int, seed: int) -> _Plan:
+  key = path_key(piece.path, seed) if piece.hashes is None else piece.hashes.key
   columns = shape[-1] if shape else 1
   rows = math.prod(shape[:-1])
   # Where whole bucket rows would leave more than a ninth of the sketch empty, they wrap around it once.
@@ -122,7 +145,8 @@ def _plan(path: str, shape: tuple[int, ...], dim: int, seed: int) -> _Plan:
   while per_bucket > 1 and -(-rows // per_bucket) < 2 * capacity:
     per_bucket //= 2
   buckets = min(-(-rows // per_bucket), capacity)
-  return _Plan(key, rows, columns, per_bucket, buckets, int(mix(np.asarray([key]))[0]) % dim)
+  offset = offset_of(piece.path, dim, seed) if piece.hashes is None else 0
+  return _Plan(key, rows, columns, per_bucket, buckets, offset)
 
 
 def _as_uint(x: jax.Array) -> jax.Array:
@@ -260,9 +284,12 @@ class _Rows:
 
 
 def _add_strided(rows: _Rows, group: int, piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> None:
-  plan = _plan(piece.path, piece.array.shape, dim, seed)
-  columns = index_hash(_indices(plan.columns), plan.key)
-  keys = index_hash(_indices(-(-plan.rows // _HASH_ROWS)), ~plan.key)
+  plan = _plan(piece, piece.array.shape, dim, seed)
+  if piece.hashes is None:
+    columns = index_hash(_indices(plan.columns), plan.key)
+    keys = index_hash(_indices(-(-plan.rows // _HASH_ROWS)), ~plan.key)
+  else:
+    columns, keys = piece.hashes.columns, piece.hashes.rows
   x = piece.array.reshape(plan.rows, plan.columns)
   if plan.per_bucket == 1 and x.size <= _TABLE:  # no sums to make; signs as a constant cost less than hashes
     row = np.arange(plan.rows, dtype=np.uint32)
@@ -336,7 +363,7 @@ def _gathered(vector: jax.Array) -> jax.Array:
 def _indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> tuple[int, jax.Array]:
   """A place in the sketch, and what a leaf or block adds from there on."""
   piece = piece.placed()
-  plan = _plan(piece.path, piece.shape, dim, seed)
+  plan = _plan(piece, piece.shape, dim, seed)
   if piece.start is None:
     if plan.rows == 1 and plan.columns <= dim:
       piece = piece._replace(array=_gathered(piece.array))

@@ -17,9 +17,11 @@ def row_covariance(rows: int, momentum: float, every: int) -> np.ndarray:
 
   An optimizer whose β₁ is `momentum`, fed with white noise, emits such a sequence.
   """
-  apart = np.arange(1 - every, every)  # between a step of one row and a step of another, and how often it occurs
-  lags = np.abs(np.arange(rows)[:, None] * every + apart[None, :])
-  by_lag = ((every - np.abs(apart)) * np.power(momentum, lags)).sum(1)
+  # Geometric series, since `every` may be as large as a training run's distance of checkpoints.
+  lags = np.arange(1, rows)
+  mean = (1 - momentum**every) / (1 - momentum)
+  own = every * (1 + momentum) / (1 - momentum) - 2 * momentum * mean / (1 - momentum)
+  by_lag = np.concatenate([[own], momentum ** ((lags - 1) * float(every) + 1) * mean**2])
   index = np.arange(rows)
   return by_lag[np.abs(index[:, None] - index[None, :])]
 

@@ -7,6 +7,7 @@ that `optax.tree.map_params` and partitioners see what they know.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,8 +16,11 @@ import numpy as np
 
 from sedjax import _gram, _placement, sketch
 from sedjax._config import Config
-from sedjax._count import Piece, later_than
+from sedjax._count import Hashes, Piece, later_than
 from sedjax._layout import Layout
+
+# A row whose rounding error may exceed this share of its norm is flagged.
+LOSSY = np.float32(0.01)
 
 
 def _real(leaf: Any, group: int | None) -> jax.Array:
@@ -138,17 +142,52 @@ def read_parameters(config: Config, layout: Layout, rows: Any, base: Any) -> tup
     # float64 parameters are kept in float32, whose rounding is relative to the parameters.
     small = largest(config, layout, row) < largest(config, layout, now) * np.float32(100 * 2.0**-24)
     return jax.tree.map(lambda new: new[None], now), row, small if doubles else jnp.array(False)
-  # The coarse parts of the parameters are multiples of one power of two, so that float32 sums of thousands of them are
-  # exact and differences of two sketches lose nothing; the fine parts are 2⁻¹⁷ of the largest parameter at most.
-  grid = _gram.power_of_two(largest_leaf(layout, list(layout.leaves))) * np.float32(2.0**-16)
+  peak = largest_leaf(layout, list(layout.leaves))
+  now, error = _in_two_parts(config.sketch, functools.partial(_sketch_row, config, layout), peak)
+  row = (now[0] - base[0]) + (now[1] - base[1])
+  return now, row, error > LOSSY * _norm(row)
+
+
+def _in_two_parts(kind: Any, row_of: Callable[[int, jax.Array], jax.Array], peak: jax.Array) -> tuple[Any, Any]:
+  """The coarse and the fine part of a sketch of parameters, stacked, and the rounding error of their sum.
+
+  The coarse parts of the parameters are multiples of one power of two, so that float32 sums of thousands of them are
+  exact and differences of two sketches lose nothing; the fine parts are 2⁻¹⁷ of the largest parameter at most.
+
+  Args:
+    kind: the random sketch.
+    row_of: of a part and the grid, see `part_of`.
+    peak: float32[], the largest magnitude of a parameter.
+  """
+  grid = _gram.power_of_two(peak) * np.float32(2.0**-16)
   grid = jnp.where(grid > 0, grid, 1)
-  coarse = _sketch_row(config, layout, 0, grid)
-  fine = _sketch_row(config, layout, 1, later_than(grid, coarse))  # one after the other takes half the memory
-  row = (coarse - base[0]) + (fine - base[1])
+  coarse = row_of(0, grid)
+  fine = row_of(1, later_than(grid, coarse))  # one after the other takes half the memory
   # Gaussian weights are no multiples of the grid, and huge sums outgrow it: then float32 rounds the coarse part too.
-  rounds = isinstance(config.sketch, sketch.Gaussian) | (_peak([coarse]) > grid * np.float32(2.0**23))
+  rounds = isinstance(kind, sketch.Gaussian) | (_peak([coarse]) > grid * np.float32(2.0**23))
   error = _norm(fine) * np.float32(2.0**-22) + jnp.where(rounds, _norm(coarse) * np.float32(2.0**-21), 0)
-  return jnp.stack([coarse, fine]), row, error > np.float32(0.01) * _norm(row)
+  return jnp.stack([coarse, fine]), error
+
+
+def read_leaf(kind: Any, leaf: jax.Array, hashes: Hashes) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """One leaf's part of what `read_parameters` reads: the same numbers, but for the order of their sums.
+
+  Args:
+    kind: the random sketch.
+    leaf: of any shape and inexact dtype, not empty.
+    hashes: of the leaf's path and its shape as a real array.
+
+  Returns:
+    float32[2, dim]: the sketch in two parts, to be rolled by `kind.offset(path)`; float32[]: its rounding
+    error; float32[]: the largest magnitude in the leaf, NaN where it holds one.
+  """
+  leaf = sketch.as_real(leaf)
+  peak = _peak([leaf])
+
+  def row_of(part: int, grid: jax.Array) -> jax.Array:
+    return kind.rows([Piece("", leaf, hashes=hashes)], [0], 1, part, grid)[0]
+
+  return *_in_two_parts(kind, row_of, peak), peak
 
 
 def gram_column(
@@ -157,6 +196,13 @@ def gram_column(
   """Gram column of `row`, to be written into `slot` of `rows`: float32[parts, G, n]; its scales and dimensions [G]."""
   if config.exact:
     return _exact_column(config, layout, rows, row, slot, scales)
+  return sketch_column(config, rows, row, slot, scales)
+
+
+def sketch_column(
+  config: Config, rows: Any, row: Any, slot: jax.Array, scales: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`gram_column` for random sketches."""
   if config.groups is not None:
     rows = jnp.concatenate([rows.sum(1, keepdims=True), rows], 1)
     row = jnp.concatenate([row.sum(0, keepdims=True), row])

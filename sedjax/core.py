@@ -21,7 +21,7 @@ from sedjax._count import later_than
 from sedjax._layout import LABEL_WORDS, Layout, decode_label, encode_label, layout_of, tree_id
 from sedjax._phase import init_phase
 from sedjax._placement import Spec
-from sedjax._rows import gram_column, largest, make_row, read_parameters, zero_rows
+from sedjax._rows import gram_column, largest, make_row, read_parameters, sketch_column, zero_rows
 from sedjax._spectrum import Rows, WindowState, report_window
 from sedjax._state import INTEGERS, Parts, map_id_of, pack, unpack
 from sedjax._state import TrackerState as TrackerState
@@ -133,9 +133,15 @@ def _with_counters(state: Parts, report: Report) -> Report:
 
 def _push(config: Config, layout: Layout, state: Parts, row: Any, steps: jax.Array, extra: Any = 0) -> Parts:
   """Takes `row`, of `steps` steps, into the window and reports (with `extra` status bits)."""
+  column = gram_column(config, layout, state.rows, row, state.cursor, state.facts.scale)
+  return _enter(config, state, column, steps, extra)
+
+
+def _enter(config: Config, state: Parts, gram_column: tuple[Any, Any, Any], steps: Any, extra: Any = 0) -> Parts:
+  """Takes a row's Gram column, scales and dimensions into the window and reports."""
   slot = state.cursor
   facts = state.facts
-  column, scale, dims = gram_column(config, layout, state.rows, row, slot, facts.scale)
+  column, scale, dims = gram_column
   gram = facts.gram.at[:, :, slot, :].set(column).at[:, :, :, slot].set(column)
   facts = Rows(
     gram,
@@ -297,6 +303,65 @@ def observe(
   layout = layout_of(tree, config.groups, specs)
   parts = _check_state(config, layout, tree, state)
   return pack((_observe_params if from_params else _observe_updates)(config, layout, parts, step))
+
+
+def push_row(config: Config, state: TrackerState, row: Any, steps: Any, lossy: Any = False) -> TrackerState:
+  """Takes in a row that was sketched elsewhere, for example leaf by leaf from a file.
+
+  Args:
+    config: what to measure, with a random sketch.
+    state: from `init` or the last call.
+    row: float32[labels, dim], finite.
+    steps: int32[], optimizer steps in the row.
+    lossy: bool[], whether rounding may exceed 1 % of the row.
+
+  Returns:
+    The new state. A row of zeros is left out and counted.
+  """
+  parts = unpack(state)
+  zero = jnp.max(jnp.abs(row)) == 0
+  column = sketch_column(config, parts.rows, row, parts.cursor, parts.facts.scale)
+  extra = jnp.where(lossy, int(Status.CANCELLATION), 0)
+  pushed = _enter(config, parts, column, jnp.asarray(steps, jnp.int32), extra)
+  new = _choose(zero, _without_rows(parts._replace(zero=parts.zero + 1)), _without_rows(pushed))
+  return pack(new._replace(rows=_write(parts.rows, parts.cursor, row, pushed)))
+
+
+def push_gram(config: Config, state: TrackerState, gram: Any, dims: Any, steps: Any) -> TrackerState:
+  """Takes in a row of an exact tracker by its inner products, which were computed elsewhere.
+
+  Args:
+    config: what to measure, with `sketch.exact()`.
+    state: from `init`, for a tree whose leaves hold no numbers, or from the last call.
+    gram: float64[G, n] in NumPy, inner products of the row with itself and with the rows before it, newest first; 0
+      beyond the first row.
+    dims: float64[G] in NumPy, effective dimensions of the row.
+    steps: int, optimizer steps in the row.
+
+  Returns:
+    The new state. A row of zeros is left out and counted.
+  """
+  if not np.any(gram[0, 0] > 0):
+    parts = unpack(state)
+    return pack(parts._replace(zero=parts.zero + 1))
+  parts = unpack(state)
+  cursor, scales = int(parts.cursor), np.array(parts.facts.scale, np.float64)
+  norms = np.sqrt(gram[:, 0])
+  _, exponents = np.frexp(norms)  # scaled rows are shorter than 1
+  scales[:, cursor] = np.where((norms > 0) & (exponents > -126), np.ldexp(1.0, np.minimum(exponents, 127)), 0)
+  order = (cursor - np.arange(config.slots)) % config.slots
+  product = scales[:, cursor, None] * scales[:, order]
+  column = np.zeros_like(gram)
+  column[:, order] = np.where(product > 0, gram / np.where(product > 0, product, 1), 0)
+  high = column.astype(np.float32)
+  pair = np.stack([high, (column - high).astype(np.float32)])
+  scale, dims = scales[:, cursor].astype(np.float32), np.asarray(dims, np.float32)
+  return _enter_pair(config, state, pair, scale, dims, np.int32(steps))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _enter_pair(config: Config, state: TrackerState, pair: Any, scale: Any, dims: Any, steps: Any) -> TrackerState:
+  return pack(_enter(config, unpack(state), (pair, scale, dims), steps))
 
 
 def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState) -> Parts:

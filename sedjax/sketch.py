@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedjax._count import Piece, count_rows, index_hash, mix, part_of, path_key
+from sedjax._count import Hashes, Piece, count_rows, hashes_of, index_hash, mix, offset_of, part_of, path_key
 
 _VERSION = 2
 
@@ -42,6 +42,15 @@ class _Sketch:
     """float32[dim] for each label: the sketches of its leaves, or blocks of leaves, summed."""
     raise NotImplementedError
 
+  def hashes(self, path: str, shape: tuple[int, ...]) -> Hashes:
+    """What `Piece.hashes` of a real leaf is, in NumPy."""
+    return hashes_of(path, shape, self.seed)
+
+  def offset(self, path: str) -> int:
+    """By how much the row of a leaf that was sketched by its hashes is to be rolled."""
+    del path
+    return 0
+
   def apply(self, path: str, leaf: jax.Array) -> jax.Array:
     """float32[dim]: the sketch of one real leaf of any shape and float dtype."""
     pieces = [Piece(path, leaf)] if leaf.size else []
@@ -55,6 +64,9 @@ class Count(_Sketch):
     self, pieces: Sequence[Piece], groups: Sequence[int], labels: int, part: int | None = None, grid: Any = None
   ) -> list[jax.Array]:
     return count_rows(pieces, groups, labels, self.dim, self.seed, part, grid)
+
+  def offset(self, path: str) -> int:
+    return offset_of(path, self.dim, self.seed)
 
 
 class Gaussian(_Sketch):
@@ -71,7 +83,7 @@ class Gaussian(_Sketch):
   def _row(self, piece: Piece, part: int | None, grid: Any) -> jax.Array:
     piece = piece.placed()
     x = part_of(piece.array, part, grid).reshape(-1, piece.array.shape[-1])
-    key = path_key(piece.path, self.seed)
+    key = path_key(piece.path, self.seed) if piece.hashes is None else piece.hashes.key
     chunk = max(1, min(self.dim, 2**20 // x.size))
     row_keys = index_hash(piece.row_index().reshape(-1), ~key)
     index_keys = mix(row_keys[:, None] ^ index_hash(piece.column_index(), key)[None, :])

@@ -1,0 +1,309 @@
+"""What the analysis of saved checkpoints costs, beside merely reading them and beside the way of the peers' scripts.
+
+    python benchmarks/posthoc.py
+
+It makes a series of checkpoints of GPT-2's 124 M float32 parameters by a random walk with a drift, as many as leave an
+eighth of the disk free, analyses them, and deletes them. Each way runs in a process of its own:
+
+- read: every tensor is read, as the analysis reads it, and summed; nothing else. Twice, before and after the others.
+- sketch: `sedjax.checkpoints.analyze` with the default sketch; exact: the same with `sketch.exact()`.
+- load all: the peers' way, all differences in memory as float32 and their N × N inner products; of as many checkpoints
+  as fit into half of the memory that is free.
+
+Seconds are those of the work, compilation included, imports not. `peak_bytes` is the largest resident set. The numbers are
+compared with a float64 oracle, which reads the files by NumPy alone. The result goes to
+`benchmarks/results/posthoc.json`; with `--smoke`, small and short, to `out/benchmarks/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import resource
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+WINDOW, DIM = 10, 16384
+CHECKPOINTS, TREE = 24, "gpt2_124m"
+SMOKE_CHECKPOINTS, SMOKE_TREE = 12, "gpt_220k"
+# What it must reach.
+MOST_BYTES, MOST_RATIO, MOST_EXACT_ERROR = 1.2e9, 1.8, 1e-4
+
+
+def step_files(folder: Path) -> list[Path]:
+  return sorted(folder.glob("step_*/model.safetensors"))
+
+
+# ---- making them ----
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+  """The format's header, and the tensors behind it."""
+  header, at = {}, 0
+  for name, tensor in tensors.items():
+    header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+    at += tensor.nbytes
+  text = json.dumps(header).encode()
+  text += b" " * (-len(text) % 8)
+  with open(path, "wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+      file.write(tensor.data)
+
+
+def make(folder: Path, count: int, tree: str) -> int:
+  """Writes the series, one checkpoint after the other; returns how many there are."""
+  import jax
+  import models
+
+  leaves = jax.tree_util.tree_leaves_with_path(models.shapes(tree))
+  shapes = {".".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+  size = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
+  disk = shutil.disk_usage(folder)
+  count = min(count, int((disk.free - disk.total / 8) // size))
+  if count < WINDOW + 1:
+    raise SystemExit(f"{folder} has room for {count} checkpoints only, {WINDOW + 1} are needed")
+  rng = np.random.default_rng(0)
+  params = {name: 0.02 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+  drifts = [{name: rng.standard_normal(shape[-1:], np.float32) for name, shape in shapes.items()} for _ in range(2)]
+  for i in range(count):
+    (folder / f"step_{100 * i:06}").mkdir()
+    write_safetensors(folder / f"step_{100 * i:06}" / "model.safetensors", params)
+    for name, param in params.items():
+      # Two common directions over noise: an edge at 1 or 2 that moves.
+      step = rng.standard_normal(param.shape, np.float32)
+      step += (2 - i / count) * drifts[0][name] + np.float32(np.cos(i / 3)) * drifts[1][name]
+      step *= 1e-4
+      param += step
+  return count
+
+
+# ---- the ways, each in a process of its own ----
+
+
+def analysis(folder: Path, kind: str) -> dict[str, Any]:
+  import sedjax
+  from sedjax import checkpoints
+
+  sketch = sedjax.sketch.exact() if kind == "exact" else sedjax.sketch.count(DIM)
+  pattern = str(folder / "step_*" / "model.safetensors")
+  record = checkpoints.analyze(pattern, window=WINDOW, sketch=sketch, out=folder / f"{kind}.nc")
+  found = record.isel(seed=0, window=0, group=0)
+  names = ("k_star", "edge_ambiguous", "effective_dim")
+  return {"singular_values": found.singular_values.values.tolist()} | {
+    name: found[name].values.astype(float).tolist() for name in names
+  }
+
+
+def read_all(folder: Path) -> dict[str, Any]:
+  from sedjax import _readers
+  from sedjax._selection import aligned
+
+  total, buffer = 0.0, aligned(0, np.dtype(np.float32))
+  for file in step_files(folder):
+    reader = _readers.open_checkpoint(file)
+    for name, info in reader.tensors.items():
+      if buffer.size < info.size:
+        buffer = aligned(info.size, np.dtype(np.float32))
+      reader.read(name, 0, buffer[: info.size])
+      total += float(buffer[: info.size].sum())
+    reader.close()
+  return {"sum": total}
+
+
+def load_all(folder: Path) -> dict[str, Any]:
+  """As scripts do it: every checkpoint as a vector, the differences stacked, their inner products."""
+
+  def vector(file: Path) -> np.ndarray:
+    return np.concatenate([tensor.reshape(-1) for _, tensor in tensors_of(file)])
+
+  files = step_files(folder)
+  size = sum(tensor.size for _, tensor in tensors_of(files[0]))
+  free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  if Path("/proc/meminfo").exists():  # which counts what the page cache would give back
+    free = next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
+  files = files[: max(WINDOW + 1, int(free / 2 / (4 * size)))]
+  deltas, before = np.empty((len(files) - 1, size), np.float32), vector(files[0])
+  for i, file in enumerate(files[1:]):
+    now = vector(file)
+    np.subtract(now, before, out=deltas[i])
+    before = now
+  gram = np.array([[np.dot(a, b) for a in deltas] for b in deltas], np.float64)
+  return {"singular_values": windows_of(gram), "checkpoints": len(files)}
+
+
+def tensors_of(file: Path) -> Iterator[tuple[str, np.ndarray]]:
+  """By NumPy alone."""
+  with open(file, "rb") as opened:
+    length = int.from_bytes(opened.read(8), "little")
+    header = json.loads(opened.read(length))
+  for name, entry in header.items():
+    start, end = entry["data_offsets"]
+    yield name, np.fromfile(file, "<f4", (end - start) // 4, offset=8 + length + start)
+
+
+def windows_of(gram: np.ndarray) -> list[list[float]]:
+  """Singular values of each full window."""
+  found = []
+  for last in range(WINDOW, len(gram) + 1):
+    values = np.linalg.eigvalsh(gram[last - WINDOW : last, last - WINDOW : last])
+    found.append(np.sqrt(np.maximum(values[::-1], 0)).tolist())
+  return found
+
+
+def oracle(folder: Path) -> dict[str, Any]:
+  """All differences in float64, part by part of each tensor."""
+  files = step_files(folder)
+  gram = np.zeros((len(files) - 1, len(files) - 1))
+  series = [tensors_of(file) for file in files]
+  for together in zip(*series, strict=True):
+    values = [tensor for _, tensor in together]
+    for start in range(0, values[0].size, 2**20):
+      rows = np.diff(np.stack([value[start : start + 2**20] for value in values]).astype(np.float64), axis=0)
+      gram += rows @ rows.T
+  return {"singular_values": windows_of(gram)}
+
+
+WAYS: dict[str, Callable[[Path], dict[str, Any]]] = {
+  "read": read_all,
+  "sketch": lambda folder: analysis(folder, "sketch"),
+  "exact": lambda folder: analysis(folder, "exact"),
+  "load all": load_all,
+  "oracle": oracle,
+}
+
+
+def in_process(way: str, folder: Path) -> dict[str, Any]:
+  """Seconds, peak memory and result of one way."""
+  command = [sys.executable, str(Path(__file__).resolve()), "--way", way, "--folder", str(folder)]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  if done.returncode:
+    raise SystemExit(f"{way} failed:\n{done.stderr}")
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- the whole ----
+
+
+def errors(found: dict[str, Any], exact: list[list[float]]) -> dict[str, float]:
+  """Relative errors of singular values and of ratios, over all full windows."""
+  values = np.asarray(found["singular_values"])
+  values = values[WINDOW - 1 :] if len(values) > len(exact) else values  # the analysis begins before the window is full
+  true = np.asarray(exact)[: len(values)]
+  ratios, true_ratios = (x[:, :-1] / x[:, 1:] for x in (values, true))
+  return {
+    "singular_values_max": float(np.max(np.abs(values / true - 1))),
+    "singular_values_rms": float(np.sqrt(np.mean((values / true - 1) ** 2))),
+    "ratios_rms": float(np.sqrt(np.mean((ratios / true_ratios - 1) ** 2))),
+  }
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--smoke", action="store_true", help="small and short, to see that it works; not stored")
+  parser.add_argument("--checkpoints", type=int, help="how many at most")
+  parser.add_argument("--folder", type=Path, help="where the checkpoints go (a temporary folder)")
+  parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
+  args = parser.parse_args(argv)
+  if args.way is not None:
+    import sedjax.checkpoints  # noqa: F401 - so that no way's time is that of importing
+
+    start = time.perf_counter()
+    found = WAYS[args.way](args.folder)
+    found["seconds"] = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps({**found, "peak_bytes": peak}))
+    return
+  tree = SMOKE_TREE if args.smoke else TREE
+  with tempfile.TemporaryDirectory(dir=args.folder) as name:
+    folder = Path(name)
+    count = make(folder, args.checkpoints or (SMOKE_CHECKPOINTS if args.smoke else CHECKPOINTS), tree)
+    size = sum(file.stat().st_size for file in step_files(folder))
+    in_process("read", folder)  # fills the page cache as far as it reaches
+    found: dict[str, dict[str, Any]] = {}
+    reads = []
+    for way in ("sketch", "exact", "load all"):
+      reads.append(in_process("read", folder))
+      found[way] = in_process(way, folder)
+      reads.append(in_process("read", folder))
+      seconds, peak = found[way]["seconds"], found[way]["peak_bytes"]
+      read = statistics.mean(read["seconds"] for read in reads[-2:]) * found[way].get("checkpoints", count) / count
+      found[way] |= {"reading_seconds": read, "ratio_to_reading": seconds / read}
+      print(f"{way}: {seconds:.1f} s, {seconds / read:.2f} × reading, {peak / 1e9:.2f} GB", flush=True)
+    exact = in_process("oracle", folder)["singular_values"]
+  store(argv, args, tree, count, size, found, reads, exact)
+
+
+def store(
+  argv: list[str],
+  args: argparse.Namespace,
+  tree: str,
+  count: int,
+  size: int,
+  found: dict[str, dict[str, Any]],
+  reads: list[dict[str, Any]],
+  exact: list[list[float]],
+) -> None:
+  import run
+
+  ways = {}
+  for way, one in found.items():
+    ways[way] = {
+      name: value for name, value in one.items() if name not in ("k_star", "edge_ambiguous", "effective_dim")
+    }
+    if "singular_values" in ways[way]:
+      del ways[way]["singular_values"]
+      ways[way]["errors"] = errors(one, exact)
+  dims = found["sketch"]["effective_dim"][-len(exact) :]
+  stated = float(np.sqrt(1 / (2 * np.mean(dims))))
+  sketch, precise = ways["sketch"], ways["exact"]
+  targets = {
+    "peak memory, bytes": [max(sketch["peak_bytes"], precise["peak_bytes"]), MOST_BYTES],
+    "sketch ÷ reading": [sketch["ratio_to_reading"], MOST_RATIO],
+    "exact: largest relative error": [precise["errors"]["singular_values_max"], MOST_EXACT_ERROR],
+    # In the mean over windows and places, which are not independent: up to half more than a window's expected error.
+    "sketch: relative error": [sketch["errors"]["singular_values_rms"], 1.5 * stated],
+  }
+  result = {
+    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    "command": shlex.join(["python", "benchmarks/posthoc.py", *argv]),
+    **run.code_version(),
+    "device": run.device_facts(),
+    "versions": run.versions(),
+    "tree": tree,
+    "checkpoints": count,
+    "bytes": size,
+    "window": WINDOW,
+    "dim": DIM,
+    "reading": {
+      "seconds": [read["seconds"] for read in reads],
+      "peak_bytes": max(read["peak_bytes"] for read in reads),
+    },
+    "sketch_stated_error": stated,
+    "ways": ways,
+    "targets": {name: {"found": value, "most": most, "met": value <= most} for name, (value, most) in targets.items()},
+  }
+  folder = ROOT / "out" / "benchmarks" if args.smoke else ROOT / "benchmarks" / "results"
+  folder.mkdir(parents=True, exist_ok=True)
+  file = folder / "posthoc.json"
+  file.write_text(json.dumps(result, indent=1, default=run.plain) + "\n")
+  for name, target in result["targets"].items():
+    print(f"{name}: {target['found']:.4g}, at most {target['most']:.4g}: {'met' if target['met'] else 'NOT MET'}")
+  print(f"stored in {os.path.relpath(file)}")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

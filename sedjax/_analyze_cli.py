@@ -1,0 +1,120 @@
+"""The subcommand `sedjax analyze`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+DESCRIPTION = "Computes singular values, spectral edge and phases from a series of checkpoints, one tensor at a time."
+EPILOG = """
+examples:
+  sedjax analyze 'run/step_*/model.safetensors' -o run.nc
+  sedjax analyze 'run/checkpoint-*' -o run.nc --window 5,10 --group 'attention=attn' --leave-out 'wpe|ln_'
+
+The same command goes on where an earlier one was interrupted. Checkpoints are safetensors files, index files of sharded
+ones, folders that Hugging Face or orbax saved, PyTorch files (which are never executed), or npz files.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Describes the subcommand and its arguments."""
+  parser.description, parser.epilog = DESCRIPTION, EPILOG
+  parser.formatter_class = argparse.RawDescriptionHelpFormatter
+  add = parser.add_argument
+  add("files", nargs="+", help="checkpoints, or patterns of them in quotes; the number that varies is the step")
+  add("-o", "--out", required=True, metavar="RUN.nc", help="the record to write")
+  add("--window", default="10", help="rows in the window, one size or several: 10 or 5,10,20 (default: 10)")
+  add("--sketch", default="count:16384", help="count:DIM, gaussian:DIM or exact (default: count:16384)")
+  add("--seed", type=int, default=0, help="of the sketch (default: 0)")
+  add("--momentum", type=float, default=0.0, help="β₁ of the optimizer, for what noise would show (default: 0)")
+  add("--every", type=int, help="optimizer steps between checkpoints (default: the most frequent distance)")
+  add("--k-max", type=int, help="last place where an edge is looked for (default: half of each window)")
+  add("--steps", help="steps of the files, separated by commas (default: from the names)")
+  add(
+    "--group",
+    action="append",
+    default=[],
+    metavar="NAME=REGEX",
+    help="a group of parameters by a regular expression for their paths; may be repeated, the first that fits counts",
+  )
+  add("--leave-out", metavar="REGEX", help="parameters that are not tracked, by their paths")
+  add(
+    "--rename",
+    action="append",
+    default=[],
+    metavar="REGEX=TEXT",
+    help="changes paths, as where a PyTorch model is compared with a flax model: 'weight$=kernel'",
+  )
+  add("--transpose", metavar="REGEX", help="tensors, by their changed paths, that have PyTorch's order (out, in, …)")
+
+
+def run(args: argparse.Namespace) -> int:
+  """Runs the subcommand; returns the exit code."""
+  try:
+    from sedjax import checkpoints
+
+    record = checkpoints.analyze(args.files, out=args.out, **options(args))
+  except ImportError as error:
+    print(f"sedjax analyze: {error}; install sedjax[checkpoints].", file=sys.stderr)
+    return 1
+  except ValueError as error:  # a CheckpointError is one, too
+    print(error, file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print("sedjax analyze: interrupted; run the same command again to go on.", file=sys.stderr)
+    return 130
+  print(f"wrote {args.out}: {record.sizes['step']} rows")
+  return 0
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+  """The keyword arguments of `analyze`.
+
+  Raises:
+    ValueError: a value cannot be read.
+  """
+  windows = _integers("--window", args.window)
+  groups = {}
+  if args.leave_out is not None:
+    groups[args.leave_out] = None
+  groups |= {pattern: name for name, pattern in (_pair("--group", text) for text in args.group)}
+  if args.leave_out is not None and not args.group:
+    groups[""] = "kept"
+  return {
+    "window": windows[0] if len(windows) == 1 else windows,
+    "every": args.every,
+    "k_max": args.k_max,
+    "sketch": _sketch(args.sketch, args.seed),
+    "groups": groups or None,
+    "momentum": args.momentum,
+    "steps": None if args.steps is None else _integers("--steps", args.steps),
+    "rename": dict(_pair("--rename", text) for text in args.rename) or None,
+    "transpose": args.transpose,
+  }
+
+
+def _integers(name: str, text: str) -> tuple[int, ...]:
+  try:
+    return tuple(int(part) for part in text.split(","))
+  except ValueError:
+    raise ValueError(f"sedjax analyze: {name} must be whole numbers separated by commas, got {text!r}.") from None
+
+
+def _pair(name: str, text: str) -> tuple[str, str]:
+  before, sign, after = text.partition("=")
+  if not before or not sign:
+    raise ValueError(f"sedjax analyze: {name} must have the form A=B, got {text!r}.")
+  return before, after
+
+
+def _sketch(text: str, seed: int) -> Any:
+  from sedjax import sketch
+
+  kind, _, dim = text.partition(":")
+  if kind == "exact" and not dim:
+    return sketch.exact()
+  if kind not in ("count", "gaussian") or not (dim.isdecimal() or not dim):
+    raise ValueError(f"sedjax analyze: --sketch must be count:DIM, gaussian:DIM or exact, got {text!r}.")
+  make = {"count": sketch.count, "gaussian": sketch.gaussian}[kind]
+  return make(int(dim), seed=seed) if dim else make(seed=seed)

@@ -1,0 +1,501 @@
+"""Readers of checkpoint files, one for each format, that hand out any part of one tensor at a time.
+
+A reader knows the names, shapes and dtypes of a file's tensors when it is opened, and copies their numbers straight
+into a buffer that the caller owns. Files are not mapped into memory, or not for long, so that a process holds what it
+asked for and no more. Whatever is wrong with a file becomes a `ReadError`, which says so in one clause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import re
+import warnings
+import zipfile
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+# Keys under which training scripts keep the parameters beside an optimizer's state.
+_MODEL_KEYS = ("params", "model", "model_state_dict", "state_dict")
+_TRAINING = re.compile(r"opt|sched|step|epoch|iter|rng|loss|scaler|stats")
+# What PyTorch mapped and touched counts as the process's memory until it is unmapped.
+_MAPPED = 2**28
+
+
+class ReadError(Exception):
+  """What is wrong with a file, in a clause without a full stop."""
+
+
+class TensorInfo(NamedTuple):
+  """What is known of a tensor before it is read."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype | None  # None where it cannot be read
+  why_not: str = ""  # why it does not belong to the model, or cannot be read
+  storage: Hashable = None  # tensors that share one are one; None where a format does not tell
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+
+class Reader:
+  """A checkpoint that is open."""
+
+  tensors: dict[str, TensorInfo]  # by name, as in the file
+
+  def read(self, name: str, start: int, out: np.ndarray) -> None:
+    """Fills `out` [n] with the numbers start … start + n - 1 of a tensor in row-major order.
+
+    Raises:
+      ReadError: the file is damaged or ends too early.
+    """
+    raise NotImplementedError
+
+  def close(self) -> None:
+    """Closes the files."""
+
+
+@contextlib.contextmanager
+def _told_as(what: str) -> Iterator[None]:
+  """Turns whatever a library raises over a damaged file into a ReadError."""
+  try:
+    yield
+  except ReadError:
+    raise
+  except FileNotFoundError as error:
+    raise ReadError(f"{error.filename or 'the file'} does not exist") from error
+  except ImportError as error:
+    raise ReadError(f"reading {what} needs the package {error.name!r}, which is not installed") from error
+  except MemoryError as error:
+    raise ReadError(f"it asks for more memory than there is, and is no valid {what}") from error
+  except Exception as error:
+    lines = str(error).strip().splitlines()
+    raise ReadError(
+      f"it is damaged or no {what} ({type(error).__name__}: {lines[0][:200] if lines else 'no message'})"
+    ) from error
+
+
+def _fill(file: Any, out: np.ndarray) -> None:
+  view: Any = memoryview(out.view(np.uint8))  # pyright: ignore[reportArgumentType]
+  done = 0
+  while done < len(view):
+    count = file.readinto(view[done:])
+    if not count:
+      raise ReadError("the file ends in the middle of the tensor")
+    done += count
+
+
+# ---- safetensors ----
+
+# The format is read here, and not by its library, which maps the whole file and copies every tensor once more.
+_SAFETENSORS_DTYPES: dict[str, Any] = {
+  "F64": "<f8",
+  "F32": "<f4",
+  "F16": "<f2",
+  "BF16": jnp.bfloat16,
+  "F8_E4M3": jnp.float8_e4m3fn,
+  "F8_E5M2": jnp.float8_e5m2,
+  "C64": "<c8",
+  "I64": "<i8",
+  "I32": "<i4",
+  "I16": "<i2",
+  "I8": "i1",
+  "U64": "<u8",
+  "U32": "<u4",
+  "U16": "<u2",
+  "U8": "u1",
+  "BOOL": "?",
+}
+_HEADER_LIMIT = 100_000_000  # the format's own
+
+
+def _is_size(value: Any) -> bool:
+  return type(value) is int and 0 <= value < 2**63
+
+
+class SafetensorsReader(Reader):
+  """One safetensors file."""
+
+  def __init__(self, path: pathlib.Path):
+    self.tensors, self._starts = {}, {}
+    with _told_as("safetensors file"):
+      self._file = open(path, "rb", buffering=0)
+      try:
+        self._read_header(os.fstat(self._file.fileno()).st_size)
+      except BaseException:
+        self._file.close()
+        raise
+
+  def _read_header(self, file_size: int) -> None:
+    length = int.from_bytes(self._file.read(8), "little")
+    if file_size < 8 or length > min(_HEADER_LIMIT, file_size - 8):
+      raise ReadError("it is truncated or no safetensors file: its header would be longer than the file")
+    text = np.empty(length, np.uint8)
+    _fill(self._file, text)
+    header = json.loads(text.tobytes())
+    if not isinstance(header, dict):
+      raise ReadError("its header is no JSON object")
+    header.pop("__metadata__", None)
+    ends = []
+    for name, entry in header.items():
+      shape, (start, end) = entry["shape"], entry["data_offsets"]
+      if not isinstance(shape, list) or not all(map(_is_size, (*shape, start, end))) or start > end:
+        raise ReadError(f"its header has no valid shape and offsets for tensor {name!r}")
+      kind = _SAFETENSORS_DTYPES.get(entry["dtype"])
+      if kind is None:
+        info = TensorInfo(tuple(shape), None, f"dtype {entry['dtype']} cannot be read")
+      else:
+        info = TensorInfo(tuple(shape), np.dtype(kind))
+        if math.prod(shape) * np.dtype(kind).itemsize != end - start:
+          raise ReadError(f"tensor {name!r} of shape {shape} and dtype {entry['dtype']} has {end - start} bytes")
+      self.tensors[name], self._starts[name] = info, 8 + length + start
+      ends.append((start, end))
+    at = 0
+    for start, end in sorted(ends):
+      if start != at:
+        raise ReadError("its tensors overlap or leave gaps")
+      at = end
+    if 8 + length + at != file_size:
+      raise ReadError(f"it has {file_size} bytes, its header promises {8 + length + at}: it is truncated or damaged")
+
+  def read(self, name: str, start: int, out: np.ndarray) -> None:
+    with _told_as("safetensors file"):
+      self._file.seek(self._starts[name] + start * out.itemsize)
+      _fill(self._file, out)
+
+  def close(self) -> None:
+    self._file.close()
+
+
+# ---- several files with an index ----
+
+
+class ShardedReader(Reader):
+  """Several files and an index `{"weight_map": {tensor: file}}`, as Hugging Face saves large models."""
+
+  def __init__(self, path: pathlib.Path):
+    self.tensors = {}
+    self._shards: dict[str, Reader] = {}
+    try:
+      with _told_as("index of shards"):
+        self._where = dict(json.loads(path.read_bytes())["weight_map"])
+        if not all(isinstance(shard, str) and pathlib.PurePath(shard).name == shard for shard in self._where.values()):
+          raise ReadError("its weight_map names files outside of its folder")
+      for name, shard in self._where.items():
+        if shard not in self._shards:
+          if not (path.parent / shard).exists():
+            raise ReadError(f"its shard {shard} does not exist")
+          try:
+            self._shards[shard] = open_checkpoint(path.parent / shard)
+          except ReadError as error:
+            raise ReadError(f"its shard {shard} cannot be read: {error}") from error
+        if name not in self._shards[shard].tensors:
+          raise ReadError(f"its shard {shard} lacks tensor {name!r}")
+        self.tensors[name] = self._shards[shard].tensors[name]
+    except BaseException:
+      self.close()
+      raise
+
+  def read(self, name: str, start: int, out: np.ndarray) -> None:
+    try:
+      self._shards[self._where[name]].read(name, start, out)
+    except ReadError as error:
+      raise ReadError(f"in shard {self._where[name]}, {error}") from error
+
+  def close(self) -> None:
+    for shard in self._shards.values():
+      shard.close()
+
+
+# ---- npz ----
+
+
+class NpzReader(Reader):
+  """What `np.savez` wrote; nothing in it is unpickled."""
+
+  def __init__(self, path: pathlib.Path):
+    self.tensors, self._members = {}, {}
+    with _told_as("npz file"):
+      self._zip = zipfile.ZipFile(path)
+      try:
+        for member in self._zip.infolist():
+          if member.filename.endswith(".npy"):
+            self._add(member)
+      except BaseException:
+        self._zip.close()
+        raise
+
+  def _add(self, member: zipfile.ZipInfo) -> None:
+    name = member.filename.removesuffix(".npy")
+    with self._zip.open(member) as file:
+      version = np.lib.format.read_magic(file)
+      headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+      if version not in headers:
+        raise ReadError(f"array {name!r} has the unknown npy version {version}")
+      shape, fortran, dtype = headers[version](file)
+      at = file.tell()
+    if not all(map(_is_size, shape)):
+      raise ReadError(f"array {name!r} has the shape {shape}")
+    if dtype.hasobject:
+      info = TensorInfo(shape, None, "it holds pickled objects, which are not loaded, since they could run code")
+    elif dtype.kind not in "fciub":
+      info = TensorInfo(shape, None, f"dtype {dtype} is no number; save bfloat16 as float32")
+    else:
+      info = TensorInfo(shape, dtype)
+      if at + info.size * dtype.itemsize != member.file_size:
+        raise ReadError(f"array {name!r} of shape {shape} and dtype {dtype} has {member.file_size - at} bytes")
+    self.tensors[name], self._members[name] = info, (member, at, fortran)
+
+  def read(self, name: str, start: int, out: np.ndarray) -> None:
+    member, at, fortran = self._members[name]
+    with _told_as("npz file"), self._zip.open(member) as file:
+      file.seek(at + (0 if fortran else start * out.itemsize))
+      if fortran and len(self.tensors[name].shape) > 1:
+        whole = np.empty(self.tensors[name].size, out.dtype)
+        _fill(file, whole)
+        out[:] = whole.reshape(self.tensors[name].shape, order="F").reshape(-1)[start : start + out.size]
+      else:
+        _fill(file, out)
+        file.read(1)  # at the end, zipfile compares the checksum
+
+  def close(self) -> None:
+    self._zip.close()
+
+
+# ---- PyTorch ----
+
+
+class TorchReader(Reader):
+  """What `torch.save` wrote: a state dict, or a dict with one under a usual name; nothing in it is executed."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self._load()
+
+  def _load(self) -> None:
+    with _told_as("PyTorch file"):
+      import torch
+
+      with open(self._path, "rb") as file:
+        mappable = file.read(4) == b"PK\x03\x04"
+      try:
+        with warnings.catch_warnings():
+          warnings.simplefilter("ignore")
+          loaded = torch.load(self._path, map_location="cpu", weights_only=True, mmap=mappable)
+      except Exception as error:
+        if "Weights only load failed" in str(error) or "weights_only" in str(error):
+          found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global):? ([\w.]+)", str(error))
+          named = f" ({next(filter(None, found.groups()))})" if found else ""
+          raise ReadError(
+            f"its pickle asks for more than tensors{named}, which could run code, and is refused or damaged; save it "
+            "with torch.save(model.state_dict(), file)"
+          ) from error
+        raise
+      if not isinstance(loaded, Mapping):
+        raise ReadError(f"it holds a {type(loaded).__name__}, not a dict of tensors")
+      self._tensors: dict[str, Any] = {}
+      self.tensors, self._touched = {}, 0
+      inside = _model_key(loaded, lambda value: isinstance(value, torch.Tensor), anywhere=True)
+      for names, value in _flatten(loaded):
+        if isinstance(value, torch.Tensor):
+          outside = inside is not None and names[0] != inside
+          name = ".".join(names[1:] if inside is not None and not outside else names)
+          self._tensors[name] = value.detach()
+          self.tensors[name] = _torch_info(value, f"outside of {inside!r}" if outside else "")
+
+  def read(self, name: str, start: int, out: np.ndarray) -> None:
+    with _told_as("PyTorch file"):
+      if self._touched + out.nbytes > _MAPPED:
+        self._tensors = {}
+        self._load()
+      self._touched += out.nbytes
+      flat = self._tensors[name].resolve_conj().resolve_neg().reshape(-1)[start : start + out.size]
+      if flat.element_size() != out.itemsize or flat.numel() != out.size:
+        raise ReadError("the file changed while it was read")
+      np.copyto(out, _torch_array(flat))
+
+  def close(self) -> None:
+    self._tensors = {}
+
+
+def _torch_info(tensor: Any, why_not: str) -> TensorInfo:
+  import torch
+
+  shape = tuple(tensor.shape)
+  if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+    return TensorInfo(shape, None, why_not or "it is sparse, quantized or without data")
+  dtype = _torch_dtype(tensor.dtype)
+  if dtype is None:
+    return TensorInfo(shape, None, why_not or f"dtype {tensor.dtype} cannot be read")
+  storage = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), shape, tensor.stride())
+  return TensorInfo(shape, dtype, why_not, storage if tensor.numel() else None)
+
+
+def _torch_dtype(dtype: Any) -> np.dtype | None:
+  name = str(dtype).removeprefix("torch.")
+  special = {"bfloat16": jnp.bfloat16, "float8_e4m3fn": jnp.float8_e4m3fn, "float8_e5m2": jnp.float8_e5m2}
+  try:
+    return np.dtype(special.get(name, name))
+  except TypeError:
+    return None
+
+
+def _torch_array(flat: Any) -> np.ndarray:
+  import torch
+
+  dtype = _torch_dtype(flat.dtype)
+  if str(flat.dtype).removeprefix("torch.") == str(dtype) and dtype is not None and dtype.kind in "fciub":
+    return flat.numpy()
+  return flat.view({1: torch.uint8, 2: torch.int16}[flat.element_size()]).numpy().view(dtype)
+
+
+# ---- orbax ----
+
+
+class OrbaxReader(Reader):
+  """A folder that orbax wrote: a tree of arrays, or a step of a CheckpointManager with one item."""
+
+  def __init__(self, path: pathlib.Path):
+    with _told_as("orbax checkpoint"):
+      import jax
+      import orbax.checkpoint as ocp
+
+      if not (path / "_METADATA").exists():
+        items = sorted(item.parent for item in path.glob("*/_METADATA"))
+        if len(items) != 1:
+          found = ", ".join(item.name for item in items) or "none"
+          raise ReadError(f"it is no orbax checkpoint with one item (items: {found})")
+        path = items[0]
+      self._path, self._ocp, self._handler = path.absolute(), ocp, ocp.PyTreeCheckpointer()
+      found: Any = self._handler.metadata(self._path)
+      found = getattr(found, "item_metadata", found)
+      self._tree: Any = getattr(found, "tree", found)
+      inside = _model_key(self._tree, lambda value: hasattr(value, "shape"), anywhere=False)
+      self.tensors, self._keys = {}, {}
+      for names, value in _flatten(self._tree):
+        outside = inside is not None and names[0] != inside
+        name = "/".join(names[1:] if inside is not None and not outside else names)
+        shape = getattr(value, "shape", None)
+        if shape is None or getattr(value, "dtype", None) is None:
+          continue
+        why_not = f"outside of {inside!r}" if outside else ""
+        if type(value).__name__ == "ScalarMetadata":
+          why_not = why_not or "it is a Python number"
+        self.tensors[name] = TensorInfo(tuple(shape), np.dtype(value.dtype), why_not)
+        self._keys[name] = names
+      del jax
+    self._last: tuple[str, np.ndarray] | None = None
+
+  def read(self, name: str, start: int, out: np.ndarray) -> None:
+    with _told_as("orbax checkpoint"):
+      if self._last is None or self._last[0] != name:  # parts of one tensor are asked for in a row
+        self._last = None
+        self._last = (name, self._restore(name))
+      flat = self._last[1].reshape(-1)
+      out[:] = flat[start : start + out.size]
+      if start + out.size == flat.size:
+        self._last = None
+
+  def _restore(self, name: str) -> np.ndarray:
+    ocp, keys = self._ocp, self._keys[name]
+    args = ocp.args.PyTreeRestore(
+      item=_only(self._tree, keys, np.zeros(())),
+      restore_args=_only(self._tree, keys, ocp.RestoreArgs(restore_type=np.ndarray)),
+      partial_restore=True,
+    )
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      found: Any = self._handler.restore(self._path, args=args)
+    for key in keys:
+      found = found[int(key) if isinstance(found, list | tuple) else key]
+    array, info = np.asarray(found), self.tensors[name]
+    if array.shape != info.shape or array.dtype != info.dtype:
+      raise ReadError(f"it has shape {array.shape} and dtype {array.dtype}, not those of the checkpoint's metadata")
+    return array
+
+  def close(self) -> None:
+    self._handler.close()
+
+
+def _only(tree: Any, keys: tuple[str, ...], leaf: Any) -> Any:
+  """The part of a tree of dicts and lists that leads to one leaf."""
+  if not keys:
+    return leaf
+  if isinstance(tree, Mapping):
+    key = next(key for key in tree if str(key) == keys[0])
+    return {key: _only(tree[key], keys[1:], leaf)}
+  return [_only(item, keys[1:], leaf) if str(i) == keys[0] else ... for i, item in enumerate(tree)]
+
+
+# ---- trees ----
+
+
+def _flatten(tree: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+  """Keys and leaves of nested dicts and lists, in their order."""
+  if isinstance(tree, Mapping):
+    for key, value in tree.items():
+      yield from _flatten(value, (*names, str(key)))
+  elif isinstance(tree, list | tuple) and not hasattr(tree, "shape"):
+    for i, value in enumerate(tree):
+      yield from _flatten(value, (*names, str(i)))
+  elif names:
+    yield names, tree
+
+
+def _model_key(tree: Any, is_tensor: Any, anywhere: bool) -> str | None:
+  """The key under which a training state keeps the parameters; None where the tree is the parameters.
+
+  A tree with tensors at its top is the parameters. Where `anywhere` is False, a submodule may have the usual name, too,
+  unless it is "params" or something beside it belongs to training.
+  """
+  if not isinstance(tree, Mapping) or (anywhere and any(map(is_tensor, tree.values()))):
+    return None
+  for key in _MODEL_KEYS:
+    if isinstance(tree.get(key), Mapping) and any(is_tensor(value) for _, value in _flatten(tree[key])):
+      others = [str(other) for other in tree if other != key]
+      if anywhere or key == "params" or any(_TRAINING.search(other) for other in others):
+        return key
+  return None
+
+
+# ---- all formats ----
+
+_IN_FOLDERS = (
+  "model.safetensors.index.json",
+  "model.safetensors",
+  "pytorch_model.bin.index.json",
+  "pytorch_model.bin",
+)
+
+
+def checkpoint_file(path: pathlib.Path) -> pathlib.Path:
+  """The file to open for a path: a folder that Hugging Face saved stands for the model's file in it."""
+  return next((path / name for name in _IN_FOLDERS if (path / name).exists()), path)
+
+
+def open_checkpoint(path: pathlib.Path) -> Reader:
+  """Opens a checkpoint of any known format.
+
+  Raises:
+    ReadError: it does not exist, is damaged, or is of no known format.
+  """
+  path = checkpoint_file(path)
+  if not path.exists():
+    raise ReadError("it does not exist")
+  if path.is_dir():
+    return OrbaxReader(path)
+  if path.name.endswith(".index.json"):
+    return ShardedReader(path)
+  readers = {".safetensors": SafetensorsReader, ".npz": NpzReader}
+  readers |= dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), TorchReader)
+  if path.suffix not in readers:
+    raise ReadError(f"its name ends in none of {', '.join(readers)}, .index.json, and it is no folder")
+  with _told_as("checkpoint"):
+    return readers[path.suffix](path)

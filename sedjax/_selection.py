@@ -1,0 +1,286 @@
+"""Which tensors of a checkpoint are parameters, under which paths, and which are left out."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sedjax import core
+from sedjax._layout import layout_of
+from sedjax._readers import Reader, ReadError, TensorInfo, open_checkpoint
+from sedjax._series import CheckpointError, Entry, about, error_at
+from sedjax.record import WHOLE
+
+Groups = Mapping[str, str | None] | Callable[[str], Hashable | None]
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_REST = "rest"
+# By what follows in a path: why a tensor is a buffer.
+_BUFFERS = {
+  r"running_(mean|var)$|num_batches_tracked$|^batch_stats/|/batch_stats/": "running statistics",
+  r"inv_freq$|rotary.*/(cos|sin)_cached$|(cos|sin)_cached$|freqs_(cis|cos|sin)$": "a rotary table",
+  r"(attn|attention)/masked_bias$": "a causal mask",
+}
+_MASK = re.compile(r"(attn|attention|attn/attention)/bias$")  # with two axes or more; with one it is a parameter
+_EMBEDDING = re.compile(r"wte|emb|tok", re.IGNORECASE)
+_SAMPLE = 1024  # numbers by which tensors are compared before they are compared whole
+_CHUNK = 2**22  # numbers compared at a time
+
+
+class Leaf(NamedTuple):
+  """A tensor that is tracked."""
+
+  path: str
+  info: TensorInfo
+  axes: tuple[int, ...] | None  # its axes as the model's layout has them, where that differs from the file's
+  label: int
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.info.shape if self.axes is None else tuple(self.info.shape[axis] for axis in self.axes)
+
+  @property
+  def dtype(self) -> np.dtype:
+    assert self.info.dtype is not None
+    return self.info.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """What is read of every checkpoint."""
+
+  leaves: tuple[Leaf, ...]
+  left_out: dict[str, tuple[tuple[int, ...], str]]  # by path: shape, why
+  labels: tuple[str, ...]  # names of the labels, in the state's order
+  config: core.Config
+  tree: dict[str, jax.ShapeDtypeStruct]
+  rename: tuple[tuple[str, str], ...]
+
+  @property
+  def groups(self) -> tuple[str, ...]:
+    """Names of the record's groups."""
+    return (WHOLE,) if self.config.groups is None else (WHOLE, *self.labels)
+
+  @property
+  def bytes(self) -> int:
+    return sum(leaf.info.size * leaf.dtype.itemsize for leaf in self.leaves)
+
+
+def _paths(tensors: Iterable[str], rename: tuple[tuple[str, str], ...]) -> dict[str, str]:
+  """The tensors' names in the file by their paths."""
+  names = list(tensors)
+  split = [name.split("/") if "/" in name else name.split(".") for name in names]
+  split = [[part for part in parts if part not in _WRAPPERS] or parts for parts in split]
+  for common in ("module", "params"):
+    while split and all(len(parts) > 1 and parts[0] == common for parts in split):
+      split = [parts[1:] for parts in split]
+  if split and all(len(parts) > 1 and parts[-1] == "value" for parts in split):  # of nnx variables
+    split = [parts[:-1] for parts in split]
+  paths: dict[str, str] = {}
+  for name, parts in zip(names, split, strict=True):
+    path = "/".join(parts)
+    for pattern, replacement in rename:
+      path = re.sub(pattern, replacement, path)
+    if path in paths:
+      raise ReadError(f"tensors {paths[path]!r} and {name!r} both have the path {path!r}; check rename")
+    paths[path] = name
+  return paths
+
+
+def _in_model(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+  return {name: info for name, info in tensors.items() if not info.why_not.startswith("outside of")}
+
+
+def _why_not(path: str, info: TensorInfo) -> str:
+  """Why a tensor is not a parameter; empty where it is."""
+  if info.why_not:
+    return info.why_not
+  if info.dtype is None or not jax.numpy.issubdtype(info.dtype, jax.numpy.inexact):
+    return f"it holds no floats but {info.dtype}"
+  if not info.size:
+    return "it is empty"
+  if _MASK.search(path) and len(info.shape) > 1:
+    return "a causal mask"
+  return next((why for pattern, why in _BUFFERS.items() if re.search(pattern, path)), "")
+
+
+def group_function(groups: Groups | None) -> Callable[[str], Hashable | None] | None:
+  if groups is None or callable(groups):
+    return groups
+  try:
+    patterns = [(re.compile(pattern), name) for pattern, name in groups.items()]
+  except (re.error, AttributeError, TypeError) as error:
+    raise ValueError(f"sedjax analyze: groups must map regular expressions to names ({error}).") from None
+  return lambda path: next((name for pattern, name in patterns if pattern.search(path)), _REST)
+
+
+def _transposed(path: str, info: TensorInfo, transpose: str | None) -> tuple[int, ...] | None:
+  if transpose is None or len(info.shape) < 2 or not re.search(transpose, path):
+    return None
+  return (*range(2, len(info.shape)), 1, 0)
+
+
+class Reading:
+  """A checkpoint that is open, by paths."""
+
+  def __init__(self, entry: Entry, rename: tuple[tuple[str, str], ...]):
+    self.entry = entry
+    with about(entry):
+      self._reader: Reader = open_checkpoint(pathlib.Path(entry.file))
+    try:
+      with about(entry):
+        self.names = _paths(_in_model(self._reader.tensors), rename)
+        outside = self._reader.tensors.keys() - self.names.values()
+      self.infos = {path: self._reader.tensors[name] for path, name in self.names.items()}
+      self.outside = {name: self._reader.tensors[name] for name in self._reader.tensors if name in outside}
+    except BaseException:
+      self.close()
+      raise
+
+  def read(self, path: str, start: int, out: np.ndarray) -> None:
+    with about(self.entry, self.names[path]):
+      self._reader.read(self.names[path], start, out)
+
+  def check(self, selection: Selection, first: Entry) -> None:
+    """Refuses a checkpoint whose parameters are not those of the first one."""
+    for leaf in selection.leaves:
+      info = self.infos.get(leaf.path)
+      if info is None:
+        raise error_at(self.entry, None, f"it lacks tensor {leaf.path!r}, which the first checkpoint {first.file} has")
+      name = self.names[leaf.path]
+      if info.shape != leaf.info.shape:
+        raise error_at(self.entry, name, f"its shape is {info.shape}, in the first checkpoint it is {leaf.info.shape}")
+      if info.dtype != leaf.info.dtype:
+        raise error_at(self.entry, name, f"its dtype is {info.dtype}, in the first checkpoint it is {leaf.info.dtype}")
+    known = {leaf.path for leaf in selection.leaves} | selection.left_out.keys() | selection.tree.keys()
+    for path, info in self.infos.items():
+      if path not in known and not _why_not(path, info):
+        raise error_at(self.entry, self.names[path], f"the first checkpoint {first.file} has no such tensor")
+
+  def close(self) -> None:
+    self._reader.close()
+
+
+def aligned(size: int, dtype: np.dtype) -> np.ndarray:
+  """An array on a boundary of 64 bytes, which JAX on a CPU works on where it is."""
+  raw = np.empty(size * dtype.itemsize + 64, np.uint8)
+  at = -raw.ctypes.data % 64
+  return raw[at : at + size * dtype.itemsize].view(dtype)
+
+
+def _tied(first: Reading, last: Reading, paths: list[str]) -> dict[str, str]:
+  """Tensors that are others under a second name: by path, the path that is kept."""
+  alike: dict[Any, list[str]] = collections.defaultdict(list)
+  for path in paths:
+    info = first.infos[path]
+    if info.storage is not None:
+      alike["storage", info.storage].append(path)
+    if len(info.shape) > 1 and last.infos.get(path, info)[:2] == info[:2] and path in last.infos:
+      alike["shape", info.shape, info.dtype].append(path)
+  tied: dict[str, str] = {}
+  for kind, members in sorted(alike.items(), key=lambda item: item[0][0], reverse=True):  # storages first
+    members = sorted(
+      (path for path in members if path not in tied), key=lambda path: (not _EMBEDDING.search(path), path)
+    )
+    if len(members) < 2:
+      continue
+    if kind[0] == "storage":
+      tied |= dict.fromkeys(members[1:], members[0])
+      continue
+    samples: dict[bytes, list[str]] = collections.defaultdict(list)
+    size = first.infos[members[0]].size
+    for path in members:
+      sample = aligned(min(size, _SAMPLE), first.infos[path].dtype or np.dtype("u1"))
+      last.read(path, (size - sample.size) // 2, sample)
+      if sample.tobytes() != sample[:1].tobytes() * sample.size:  # zeros and ones are equal without being tied
+        samples[sample.tobytes()].append(path)
+    for same in samples.values():
+      for path in same[1:]:
+        if all(_equal(reading, same[0], path) for reading in (last, first)):
+          tied[path] = same[0]
+  return tied
+
+
+def _equal(reading: Reading, one: str, two: str) -> bool:
+  size, dtype = reading.infos[one].size, reading.infos[one].dtype or np.dtype("u1")
+  a, b = (aligned(min(size, _CHUNK), dtype) for _ in range(2))
+  for start in range(0, size, _CHUNK):
+    count = min(_CHUNK, size - start)
+    reading.read(one, start, a[:count])
+    reading.read(two, start, b[:count])
+    if not np.array_equal(a[:count].view(np.uint8), b[:count].view(np.uint8)):
+      return False
+  return True
+
+
+def select(
+  series: list[Entry], config: core.Config, rename: tuple[tuple[str, str], ...], transpose: str | None
+) -> Selection:
+  """What the first checkpoint holds and what of it is tracked."""
+  with contextlib.ExitStack() as stack:
+    first, last = (Reading(entry, rename) for entry in (series[0], series[-1]))
+    stack.callback(first.close)
+    stack.callback(last.close)
+    left_out = {path: (info.shape, _why_not(path, info)) for path, info in first.infos.items()}
+    paths = sorted((path for path, (_, why) in left_out.items() if not why), key=lambda path: path.split("/"))
+    tied = _tied(first, last, paths)
+  left_out = {path: what for path, what in left_out.items() if what[1]}
+  left_out |= {path: (first.infos[path].shape, f"tied to {kept}") for path, kept in tied.items()}
+  left_out |= {name: (info.shape, info.why_not) for name, info in first.outside.items()}
+  leaves = [
+    Leaf(path, first.infos[path], _transposed(path, first.infos[path], transpose), 0)
+    for path in paths
+    if path not in tied
+  ]
+  tree = {leaf.path: jax.ShapeDtypeStruct(leaf.shape, np.float32) for leaf in leaves}
+  layout = layout_of(tree, config.groups)
+  group_of = dict(zip(layout.paths, layout.group, strict=True))
+  left_out |= {leaf.path: (leaf.shape, "groups leaves it out") for leaf in leaves if group_of[leaf.path] is None}
+  kept = tuple(leaf._replace(label=group_of[leaf.path] or 0) for leaf in leaves if group_of[leaf.path] is not None)
+  labels = tuple(label if isinstance(label, str) else repr(label) for label in layout.labels)
+  if not kept:
+    raise error_at(series[0], None, f"none of its {len(first.infos)} tensors is a parameter to be tracked")
+  if config.groups is not None and WHOLE in labels:
+    raise CheckpointError(f"sedjax analyze: a group cannot be named {WHOLE!r}, which is the whole model.")
+  return Selection(kept, left_out, labels, config, tree, rename)
+
+
+def _summary(lines: Iterable[tuple[str, tuple[int, ...], str]]) -> list[str]:
+  """One line for tensors that differ in the numbers of their paths only."""
+  counts = collections.Counter((re.sub(r"\d+", "*", path), shape, why) for path, shape, why in lines)
+  return [
+    f"{path} {list(shape)}{f' × {count}' if count > 1 else ''}{f': {why}' if why else ''}"
+    for (path, shape, why), count in counts.items()
+  ]
+
+
+def taken_lines(selection: Selection) -> list[str]:
+  named = selection.config.groups is not None
+  return _summary(
+    (leaf.path, leaf.shape, f"group {selection.labels[leaf.label]}" if named else "") for leaf in selection.leaves
+  )
+
+
+def left_out_lines(selection: Selection) -> list[str]:
+  return _summary((path, shape, why) for path, (shape, why) in selection.left_out.items())
+
+
+def say_what_is_read(series: list[Entry], selection: Selection) -> None:
+  numbers = sum(leaf.info.size for leaf in selection.leaves)
+  lines = [
+    f"{len(series)} checkpoints, steps {series[0].step} to {series[-1].step}",
+    f"taken: {len(selection.leaves)} tensors, {numbers:,} parameters",
+    *(f"  {line}" for line in taken_lines(selection)),
+    f"left out: {len(selection.left_out) or 'nothing'}",
+    *(f"  {line}" for line in left_out_lines(selection)),
+  ]
+  print("\n".join(lines), file=sys.stderr)

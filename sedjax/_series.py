@@ -1,0 +1,96 @@
+"""A series of checkpoint files and the steps that they belong to."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from sedjax._readers import ReadError
+
+Path = str | os.PathLike[str]
+
+
+class CheckpointError(ValueError):
+  """A series of checkpoints cannot be analysed, or not to its end; the message names file, step and tensor."""
+
+
+class Entry(NamedTuple):
+  """One checkpoint of the series."""
+
+  file: str
+  step: int
+
+
+def error_at(entry: Entry, tensor: str | None, why: str) -> CheckpointError:
+  where = f", tensor {tensor!r}" if tensor is not None else ""
+  return CheckpointError(f"sedjax analyze: {entry.file} (step {entry.step}){where}: {why}.")
+
+
+@contextlib.contextmanager
+def about(entry: Entry, tensor: str | None = None) -> Iterator[None]:
+  try:
+    yield
+  except ReadError as error:
+    raise error_at(entry, tensor, str(error)) from error
+  except OSError as error:
+    raise error_at(entry, tensor, f"it cannot be read: {error.strerror or error}") from error
+
+
+def find_series(files: Path | Iterable[Path], steps: Sequence[int] | None) -> list[Entry]:
+  """The checkpoints by ascending step."""
+  patterns = [os.fspath(file) for file in ([files] if isinstance(files, str | os.PathLike) else files)]
+  found: list[str] = []
+  for pattern in patterns:
+    matching = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    if not matching:
+      what = "no file matches" if glob.has_magic(pattern) else "there is no file"
+      raise CheckpointError(f"sedjax analyze: {what} {pattern!r}; quote the pattern and check the folder.")
+    found += matching
+  if steps is None:
+    numbers = _steps_from_names(found)
+  else:
+    numbers = [int(step) for step in steps]
+    if len(numbers) != len(found):
+      raise CheckpointError(f"sedjax analyze: {len(numbers)} steps were given for {len(found)} checkpoints.")
+    for (file, step), (later, other) in itertools.pairwise(zip(found, numbers, strict=True)):
+      if other <= step:
+        raise CheckpointError(
+          f"sedjax analyze: the given steps do not ascend: {file} has step {step}, {later} after it step {other}."
+        )
+  series = sorted((Entry(file, step) for file, step in zip(found, numbers, strict=True)), key=lambda entry: entry.step)
+  for one, two in itertools.pairwise(series):
+    if one.step == two.step:
+      raise CheckpointError(f"sedjax analyze: {one.file} and {two.file} have the same step {one.step}; leave one out.")
+    if two.step - one.step >= 2**31:
+      raise CheckpointError(f"sedjax analyze: from {one.file} to {two.file} there are {two.step - one.step} steps.")
+  return series
+
+
+def _steps_from_names(files: list[str]) -> list[int]:
+  """The number that varies over the names."""
+  if len(files) == 1:
+    numbers = re.findall(r"\d+", files[0])
+    return [int(numbers[-1]) if numbers else 0]
+  parts = [re.split(r"(\d+)", file) for file in files]
+  other = next((i for i, part in enumerate(parts) if part[::2] != parts[0][::2]), None)
+  if other is not None:
+    raise CheckpointError(
+      f"sedjax analyze: {files[0]} and {files[other]} differ in more than a number, so their steps are not known; "
+      "narrow the pattern or give steps."
+    )
+  columns = {column for column in zip(*(tuple(map(int, part[1::2])) for part in parts), strict=True)}
+  varying = [column for column in columns if len(set(column)) > 1]
+  if not varying:
+    raise CheckpointError(f"sedjax analyze: {files[0]} and {files[1]} have the same step; leave one out or give steps.")
+  if len(varying) > 1:
+    example = next(i for i in range(1, len(files)) if sum(column[i] != column[0] for column in varying) > 1 or i == 1)
+    raise CheckpointError(
+      f"sedjax analyze: several numbers vary over the names (as from {files[0]} to {files[example]}), so steps are not "
+      "known; narrow the pattern, give the index or the folder of sharded checkpoints, or give steps."
+    )
+  return list(varying[0])

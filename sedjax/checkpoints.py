@@ -1,0 +1,179 @@
+"""Reports from saved checkpoints, read one tensor at a time (extra `checkpoints`; `torch` for PyTorch's files).
+
+A row is the change of the parameters from one checkpoint to the next, seen through the same sketch as in a live tracker
+with `source="params"`: both agree up to rounding of the parameters where names and layouts are the same.
+
+Names. A tensor's path has its components joined by "/"; a name without "/" ("h.0.attn.c_attn.weight") has its dots
+turned into slashes. What wrappers add is dropped: `_orig_mod` and the like anywhere, `module` (and, as in live
+trackers, `params`) where every path begins with it. `rename` and `transpose` do the rest: what PyTorch calls
+`fc.weight` [out, in] is in flax `fc/kernel` [in, out], so `transpose=r"fc/weight"` and `rename={"weight$": "kernel"}`
+give the sketch that a flax model has.
+
+Tensors. Integers, booleans, buffers (causal masks, rotary tables, running statistics) and everything outside of the
+model in a training state are left out, and said. Tied tensors count once: those that share memory in a PyTorch file,
+and matrices that are equal in the first and in the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib.metadata
+import itertools
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from sedjax import core
+from sedjax._selection import Groups, Selection, group_function, left_out_lines, say_what_is_read, select, taken_lines
+from sedjax._series import CheckpointError as CheckpointError
+from sedjax._series import Entry, Path, find_series
+from sedjax._store import Store, identity_of, write_record
+from sedjax._streams import exact_series, sketch_series
+from sedjax._types import Report
+from sedjax.record import to_dataset
+
+if TYPE_CHECKING:
+  import xarray as xr
+
+
+def analyze(
+  files: Path | Iterable[Path],
+  *,
+  window: int | tuple[int, ...] = 10,
+  every: int | None = None,
+  k_max: int | None = None,
+  sketch: Any = None,
+  groups: Groups | None = None,
+  momentum: float = 0.0,
+  steps: Sequence[int] | None = None,
+  rename: Mapping[str, str] | None = None,
+  transpose: str | None = None,
+  out: Path | None = None,
+  progress: bool = True,
+) -> xr.Dataset:
+  r"""Computes the reports of a tracker from a series of checkpoints.
+
+  What is taken and what is left out of the checkpoints is printed to stderr, and kept in the record's attributes
+  `parameters_taken` and `parameters_left_out`. The module's docstring has the rules.
+
+  Args:
+    files: a glob pattern, or paths and patterns, of safetensors files, `*.index.json` of sharded ones, folders that
+      Hugging Face saved, PyTorch files (a state dict, or a dict that holds one as "model", "state_dict", …), orbax
+      folders, or npz files.
+    window: int >= 3, rows in the window, or a tuple of ints; a row is the change from one checkpoint to the next.
+    every: optimizer steps from one checkpoint to the next, for what noise with this `momentum` shows; None for the most
+      frequent distance of steps.
+    k_max, sketch, momentum: as for `sedjax.track_spectral_edge`. `sketch.exact()` needs no memory for rows: it sums
+      inner products, in float64, over all checkpoints chunk by chunk.
+    groups: None, a function from path to label (None: left out), or a mapping of regular expressions to names, of which
+      the first that is found in the path counts (None: left out); the others are the group "rest".
+    steps: of the files, ascending; None for the number that varies over their names.
+    rename: regular expressions and replacements for paths, applied one after the other.
+    transpose: a regular expression; tensors whose (renamed) path it is found in have their axes (out, in, …) turned to
+      (…, in, out), as flax has the kernels that PyTorch stores as weights.
+    out: file for the record (NetCDF). The unfinished analysis lies beside it in the folder `<out>.part`, so that the
+      same call goes on where another one ended, after each checkpoint (exact: after each tensor).
+    progress: whether to show a bar, on a terminal.
+
+  Returns:
+    A record as `sedjax.record.to_dataset` makes it, over the steps of all checkpoints but the first.
+
+  Raises:
+    CheckpointError: no files, too few for the window, unknown, repeated or descending steps; a file that is missing,
+      damaged, or would run code; a tensor that is missing, new, of another shape or dtype, or not finite; a full disk.
+      With `out`, the rows before it are in the record and are not computed again.
+    ValueError: an argument is out of its range.
+
+  Cost: one read of the files; the memory of two of the largest tensor, the state of a tracker, and a sketch of the
+    parameters in float64. Exact: 128 MiB beside the state; files are read in pieces, orbax arrays and compressed
+    ones as often as they have pieces. To find tied tensors some numbers of each matrix are read twice.
+  Source: arXiv 2603.15678, whose rows are differences of checkpoints. Departures: those of `track_spectral_edge`.
+
+  Example:
+    >>> import numpy as np, tempfile, sedjax.checkpoints
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> for step in range(0, 60, 10):
+    ...   np.savez(f"{folder.name}/step_{step}.npz", w=np.random.default_rng(step).normal(size=(40, 30)))
+    >>> record = sedjax.checkpoints.analyze(f"{folder.name}/step_*.npz", window=4)
+    >>> record.step.values.tolist(), dict(record.singular_values.sizes)["index"]
+    ([10, 20, 30, 40, 50], 4)
+    >>> record.attrs["parameters_taken"]
+    'w [40, 30]'
+  """
+  series = find_series(files, steps)
+  if every is None:
+    gaps = collections.Counter(two.step - one.step for one, two in itertools.pairwise(series))
+    every = gaps.most_common(1)[0][0] if gaps else 1
+  config = core.Config(window, every, k_max, sketch, group_function(groups), "updates", momentum)
+  if len(series) - 1 < max(config.windows):
+    raise CheckpointError(
+      f"sedjax analyze: {len(series)} checkpoints ({series[0].file}, step {series[0].step}, to {series[-1].file}) make "
+      f"{len(series) - 1} rows, fewer than the window of {max(config.windows)}; give more of them or a smaller window."
+    )
+  selection = select(series, config, _compiled(rename, transpose), transpose)
+  say_what_is_read(series, selection)
+  store = Store(out, identity_of(series, selection, config.exact))
+  found: list[tuple[int, Report]] = []
+  try:
+    for row in (exact_series if config.exact else sketch_series)(series, selection, store, progress):
+      found.append(row)
+  except CheckpointError as error:
+    if out is None or not found:
+      raise
+    with contextlib.suppress(CheckpointError):  # the first error is the one to tell
+      write_record(_record(series, selection, found), out)
+    raise CheckpointError(
+      f"{error} The rows up to step {series[found[-1][0]].step} are kept in {os.fspath(out)}; run it again to go on."
+    ) from error
+  record = _record(series, selection, found)
+  if out is not None:
+    write_record(record, out)
+    store.remove()
+  return record
+
+
+def _compiled(rename: Mapping[str, str] | None, transpose: str | None) -> tuple[tuple[str, str], ...]:
+  pairs = tuple((rename or {}).items())
+  for pattern in (*(pattern for pattern, _ in pairs), *([] if transpose is None else [transpose])):
+    try:
+      re.compile(pattern)
+    except (re.error, TypeError) as error:
+      raise ValueError(f"sedjax analyze: {pattern!r} is no regular expression ({error}).") from None
+  return pairs
+
+
+def _record(series: list[Entry], selection: Selection, found: list[tuple[int, Report]]) -> xr.Dataset:
+  config = selection.config
+  stacked = (np.stack(fields) for fields in zip(*(report for _, report in found), strict=True))
+  reports = Report(*stacked)  # pyright: ignore[reportArgumentType] - in NumPy
+  kind = type(config.sketch).__name__.lower()
+  attrs = {
+    "source": "params",
+    "sketch": kind if config.exact else f"{kind}({config.sketch.dim}, seed={config.sketch.seed})",
+    "sketch_id": list(config.sketch.sketch_id),
+    "every": config.every,
+    "windows": list(config.windows),
+    "k_max": "half of each window" if config.k_max is None else config.k_max,
+    "momentum": float(config.momentum),
+    "versions": json.dumps({name: importlib.metadata.version(name) for name in ("sedjax", "jax", "numpy")}),
+    "device": jax.devices()[0].device_kind,
+    "command": shlex.join(sys.argv),
+    "checkpoints": f"{series[0].file} … {series[found[-1][0]].file}",
+    "parameters_taken": "\n".join(taken_lines(selection)),
+    "parameters_left_out": "\n".join(left_out_lines(selection)),
+  }
+  return to_dataset(
+    reports,
+    steps=[series[i].step for i, _ in found],
+    windows=config.windows,
+    groups=selection.groups,
+    attrs=attrs,
+  )

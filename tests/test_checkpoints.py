@@ -1,0 +1,574 @@
+"""The analysis of saved checkpoints: readers, selection, the numbers, interruptions, and bad input."""
+
+import argparse
+import io
+import json
+import os
+import pickle
+import shutil
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import strategies
+
+import sedjax
+from sedjax import _analyze_cli, _readers, _store, checkpoints
+from sedjax._null import row_covariance
+from sedjax.record import to_dataset
+
+safetensors = pytest.importorskip("safetensors.numpy")
+EVERY, COUNT = 5, 9
+SHAPES = {"block_0/attn/kernel": (96, 40), "block_0/attn/bias": (40,), "emb": (130, 24), "head/kernel": (24, 17)}
+GROUPS = {"attn": "attention", "^emb": "embedding"}
+FIELDS = ("singular_values", "ratios", "k_star", "gap_ratio", "drift_speed", "turning", "pc1_fraction", "row_steps")
+
+
+def walk(count=COUNT, seed=0):
+  """Parameters at every checkpoint: a drift in two directions over noise."""
+  rng = np.random.default_rng(seed)
+  params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
+  ways = [{name: rng.normal(size=shape) for name, shape in SHAPES.items()} for _ in range(2)]
+  series = []
+  for i in range(count):
+    series.append(params)
+    params = {
+      name: (x + 1e-2 * (3 * ways[0][name] + np.cos(i) * ways[1][name] + 0.3 * rng.normal(size=x.shape))).astype("f4")
+      for name, x in params.items()
+    }
+  return series
+
+
+def write(folder, series, save=lambda path, params: np.savez(path, **params), suffix=".npz"):
+  folder.mkdir(parents=True, exist_ok=True)
+  for i, params in enumerate(series):
+    save(folder / f"step_{i * EVERY}{suffix}", params)
+  return str(folder / f"step_*{suffix}")
+
+
+def assert_same(a, b, rtol=0.0):
+  for name in FIELDS:
+    np.testing.assert_allclose(a[name].values, b[name].values, rtol=rtol, atol=rtol, err_msg=name)
+
+
+def dotted(params):
+  return {name.replace("/", "."): x for name, x in params.items()}
+
+
+def save_sharded(path, params):
+  path.mkdir()
+  names = list(dotted(params))
+  where = {name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(names)}
+  for shard in set(where.values()):
+    safetensors.save_file({n: dotted(params)[n] for n in names if where[n] == shard}, path / shard)
+  (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def save_orbax(path, params):
+  import orbax.checkpoint as ocp
+
+  tree = {"params": {}, "opt_state": [{"mu": jnp.ones(3)}], "step": 3}
+  for name, x in params.items():
+    at = tree["params"]
+    for key in name.split("/")[:-1]:
+      at = at.setdefault(key, {})
+    at[name.split("/")[-1]] = jnp.asarray(x)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(path.absolute(), tree)
+
+
+def save_torch(path, params):
+  torch = pytest.importorskip("torch")
+  state = {f"module._orig_mod.{name}": torch.tensor(x) for name, x in dotted(params).items()}
+  torch.save({"model_state_dict": state, "optimizer": {"mu": torch.ones(3)}, "epoch": 3}, path)
+
+
+FORMATS = {
+  "safetensors": (lambda path, params: safetensors.save_file(dotted(params), path), ".safetensors"),
+  "sharded": (save_sharded, ""),
+  "orbax": (save_orbax, ""),
+  "torch": (save_torch, ".pt"),
+  "compressed": (lambda path, params: np.savez_compressed(path, **params), ".npz"),
+  "fortran": (lambda path, params: np.savez(path, **{n: np.asfortranarray(x) for n, x in params.items()}), ".npz"),
+}
+
+
+@pytest.fixture(scope="module")
+def series():
+  return walk()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, series):
+  return write(tmp_path_factory.mktemp("npz"), series)
+
+
+@pytest.fixture(scope="module")
+def record(files):
+  return checkpoints.analyze(files, window=(3, 5), groups=GROUPS)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_all_formats_give_one_record(kind, tmp_path, series, record):
+  found = checkpoints.analyze(write(tmp_path / "a", series, *FORMATS[kind]), window=(3, 5), groups=GROUPS)
+  assert_same(found, record)
+  assert found.step.values.tolist() == [i * EVERY for i in range(1, COUNT)]
+  assert found.group.values.tolist() == ["all", "attention", "embedding", "rest"]
+  assert record.attrs["parameters_taken"].splitlines()[0] == "block_*/attn/bias [40]: group attention"
+  if kind in ("orbax", "torch"):
+    assert "outside of" in found.attrs["parameters_left_out"]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "orbax"])
+def test_exact_reads_every_format(kind, tmp_path, series, files, monkeypatch):
+  monkeypatch.setattr("sedjax._streams._EXACT_BYTES", 2**17)  # several chunks a tensor
+  exact = sedjax.sketch.exact()
+  found = checkpoints.analyze(write(tmp_path / "a", series, *FORMATS[kind]), window=5, sketch=exact)
+  assert_same(found, checkpoints.analyze(files, window=5, sketch=exact), rtol=1e-6)
+
+
+def live(series, **options):
+  """The record of a live tracker over the same run."""
+  tx = sedjax.track_spectral_edge(source="params", every=EVERY, **options)
+  state, reports = tx.init(series[0]), []
+  update = jax.jit(lambda state, params, step: tx.update(params, state, params, sed_step=step)[1])
+  for i, params in enumerate(series):
+    state = update(state, params, i * EVERY)
+    for late in range(1, EVERY):
+      state = update(state, params, i * EVERY + late)
+    if i:
+      reports.append(sedjax.get_reports(state))
+  stacked = jax.tree.map(lambda *fields: np.stack(fields), *reports)
+  groups = ("all", "attention", "embedding", "rest") if "groups" in options else ("all",)
+  return to_dataset(stacked, steps=[i * EVERY for i in range(1, COUNT)], windows=(3, 5), groups=groups)
+
+
+def group_of(path):
+  return "attention" if "attn" in path else "embedding" if path.startswith("emb") else "rest"
+
+
+def test_agrees_with_a_live_tracker(series, record):
+  """Within c·ε·‖θ‖/‖δ‖: here ‖θ‖ is 30 times ‖δ‖."""
+  assert_same(record, live(series, window=(3, 5), groups=group_of), rtol=30 * 2.0**-22)
+
+
+@pytest.mark.parametrize("sketch", [sedjax.sketch.count(1024, seed=3), sedjax.sketch.gaussian(64)])
+def test_agrees_with_a_live_tracker_of_another_sketch(files, series, sketch):
+  found = checkpoints.analyze(files, window=(3, 5), sketch=sketch)
+  gaussian = isinstance(sketch, sedjax.sketch.Gaussian)
+  # Gaussian weights are no multiples of a grid: their sums round relative to the parameters.
+  assert_same(found, live(series, window=(3, 5), sketch=sketch), rtol=3e-3 if gaussian else 1e-5)
+
+
+def differences(series, names=tuple(SHAPES)):
+  flat = [np.concatenate([params[name].ravel().astype(np.float64) for name in names]) for params in series]
+  return np.diff(flat, axis=0)
+
+
+def test_exact_mode_is_that_of_float64(files, series, monkeypatch):
+  monkeypatch.setattr("sedjax._streams._QUICK", {})
+  found = checkpoints.analyze(files, window=(3, 5), groups=GROUPS, sketch=sedjax.sketch.exact())
+  for group, names in {"all": tuple(SHAPES), "embedding": ("emb",)}.items():
+    rows = differences(series, names)
+    for last in range(5, COUNT):
+      expected = oracles.spectrum(rows[last - 5 : last])
+      report = found.sel(group=group, window=5, step=last * EVERY, seed=0)
+      for name in ("singular_values", "ratios", "drift_speed", "pc1_fraction", "alignment", "last_update_norm"):
+        values = report[name].values[: len(np.atleast_1d(expected[name]))] if report[name].ndim else report[name].values
+        np.testing.assert_allclose(values, expected[name], rtol=1e-4, err_msg=name)
+
+
+def test_exact_mode_agrees_with_a_live_exact_tracker(files, series):
+  found = checkpoints.analyze(files, window=(3, 5), sketch=sedjax.sketch.exact())
+  expected = live(series, window=(3, 5), sketch=sedjax.sketch.exact())
+  assert_same(found, expected, rtol=1e-4)
+  np.testing.assert_allclose(found.effective_dim, expected.effective_dim, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sketch", [None, sedjax.sketch.exact()])
+def test_long_series_and_identical_checkpoints(tmp_path, sketch):
+  series = walk(31)
+  series[7] = series[6]
+  series[20] = series[19] = series[18]
+  found = checkpoints.analyze(write(tmp_path, series), window=5, sketch=sketch)
+  rows = differences(series)
+  rows = rows[np.any(rows != 0, axis=1)]
+  assert found.skipped_zero.values.ravel()[-1] == 3
+  assert found["count"].values.ravel()[-1] == len(rows)
+  expected = oracles.spectrum(rows[-5:])["singular_values"]
+  np.testing.assert_allclose(found.singular_values.values[-1, 0, 0, 0], expected, rtol=1e-4 if sketch else 0.05)
+
+
+def test_wide_and_narrow_dtypes(tmp_path):
+  """float64 keeps what float32 would round; complex and bfloat16 are read as they are."""
+  rng = np.random.default_rng(0)
+  base = rng.normal(size=(50, 40))
+  series = [{"w": base + 1e-7 * i * rng.normal(size=base.shape), "z": base + 1j * i * base} for i in range(5)]
+  found = checkpoints.analyze(write(tmp_path / "wide", series), window=3, groups={"^w$": "w", "z": "z"})
+  rows = np.diff([params["w"].ravel() for params in series], axis=0)
+  norms = found.last_update_norm.sel(group="w").values.ravel()
+  np.testing.assert_allclose(norms, np.linalg.norm(rows, axis=1), rtol=0.05)
+  torch = pytest.importorskip("torch")
+
+  def save(path, params):
+    torch.save({"w": torch.tensor(params["w"]).to(torch.bfloat16)}, path)
+
+  series = [{"w": base + i * rng.normal(size=base.shape)} for i in range(5)]
+  narrow = checkpoints.analyze(write(tmp_path / "narrow", series, save, ".pt"), window=3)
+  rounded = [{"w": np.asarray(jnp.asarray(params["w"], jnp.bfloat16), np.float32)} for params in series]
+  assert_same(narrow, checkpoints.analyze(write(tmp_path / "f32", rounded), window=3), rtol=1e-6)
+
+
+# ---- what is taken ----
+
+
+def test_tied_tensors_buffers_and_prefixes(tmp_path, series):
+  torch = pytest.importorskip("torch")
+
+  def extras(i):
+    return {
+      "h.0.attn.bias": np.tril(np.ones((1, 1, 8, 8), np.float32)),
+      "h.0.attn.masked_bias": np.float32(-1e4).reshape(()),
+      "h.0.rotary_emb.inv_freq": np.ones(4, np.float32),
+      "bn.running_mean": np.full(3, i, np.float32),
+      "bn.num_batches_tracked": np.int64(i),
+      "ids": np.arange(5),
+      "zeros_a": np.zeros((4, 4), np.float32),
+      "zeros_b": np.zeros((4, 4), np.float32),
+    }
+
+  def tensors(params, i):
+    return {**dotted(params), **extras(i), "lm_head.weight": params["emb"]}
+
+  def by_torch(path, params):
+    state = {f"_orig_mod.module.{n}": torch.tensor(x) for n, x in tensors(params, int(path.stem[5:])).items()}
+    state["_orig_mod.module.lm_head.weight"] = state["_orig_mod.module.emb"]
+    torch.save(state, path)
+
+  def by_safetensors(path, params):
+    safetensors.save_file({n: np.array(x) for n, x in tensors(params, int(path.stem[5:])).items()}, path)
+
+  a = checkpoints.analyze(write(tmp_path / "a", series, by_torch, ".pt"), window=3)
+  b = checkpoints.analyze(write(tmp_path / "b", series, by_safetensors, ".safetensors"), window=3)
+  zeros = {f"zeros_{x}": np.zeros((4, 4), np.float32) for x in "ab"}
+  c = checkpoints.analyze(write(tmp_path / "c", [{**params, **zeros} for params in series]), window=3)
+  assert_same(a, b)
+  assert_same(a, c)
+  for found in (a, b):
+    assert found.attrs["parameters_taken"] == c.attrs["parameters_taken"]
+    left_out = found.attrs["parameters_left_out"]
+    for line in (
+      "lm_head/weight [130, 24]: tied to emb",
+      "h/*/attn/bias [1, 1, 8, 8]: a causal mask",
+      "h/*/attn/masked_bias []: a causal mask",
+      "h/*/rotary_emb/inv_freq [4]: a rotary table",
+      "bn/running_mean [3]: running statistics",
+      "ids [5]: it holds no floats but int64",
+    ):
+      assert line in left_out.splitlines(), left_out
+
+
+def test_copies_that_part_ways_are_not_tied(tmp_path, series):
+  """An average of the parameters begins as a copy of them."""
+  series = [{**params, "ema/emb": series[i // 2]["emb"]} for i, params in enumerate(series)]
+  assert "ema/emb" in checkpoints.analyze(write(tmp_path, series), window=3).attrs["parameters_taken"]
+
+
+def test_torch_layout_is_mapped_to_flax(tmp_path):
+  torch, nnx = pytest.importorskip("torch"), pytest.importorskip("flax.nnx")
+  del nnx
+  rng = np.random.default_rng(0)
+  flax = [
+    {"fc/kernel": rng.normal(size=(6, 5)).astype("f4"), "conv/kernel": rng.normal(size=(3, 3, 2, 4)).astype("f4")}
+    for _ in range(5)
+  ]
+
+  def save(path, params):
+    linear, conv = (torch.tensor(params[name]) for name in ("fc/kernel", "conv/kernel"))
+    torch.save({"fc.weight": linear.T, "conv.weight": conv.permute(3, 2, 0, 1)}, path)
+
+  found = checkpoints.analyze(
+    write(tmp_path / "torch", flax, save, ".pt"), window=3, rename={"weight$": "kernel"}, transpose="kernel$"
+  )
+  assert_same(found, checkpoints.analyze(write(tmp_path / "flax", flax), window=3))
+
+
+# ---- going on ----
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_goes_on_after_an_interruption_at_every_save(tmp_path, files, exact, monkeypatch, capsys):
+  options = {"window": 3, "sketch": sedjax.sketch.exact() if exact else None, "groups": GROUPS}
+  whole = checkpoints.analyze(files, **options)
+  save, saves = _store.Store.save, []
+
+  def interrupted(self, *args):
+    save(self, *args)
+    saves.append(args)
+    raise KeyboardInterrupt
+
+  out = tmp_path / "run.nc"
+  for done in range(len(SHAPES) if exact else COUNT):
+    monkeypatch.setattr(_store.Store, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      checkpoints.analyze(files, out=out, **options)
+    assert len(saves) == done + 1
+    assert not out.exists()
+    assert ("going on after" in capsys.readouterr().err) == (done > 0)
+  monkeypatch.setattr(_store.Store, "save", save)
+  assert_same(checkpoints.analyze(files, out=out, **options), whole)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["run.nc"]
+
+
+def test_another_analysis_begins_anew(tmp_path, files, monkeypatch, capsys):
+  def stop(self, *args):
+    save(self, *args)
+    raise KeyboardInterrupt
+
+  save = _store.Store.save
+  monkeypatch.setattr(_store.Store, "save", stop)
+  with pytest.raises(KeyboardInterrupt):
+    checkpoints.analyze(files, window=3, out=tmp_path / "run.nc")
+  monkeypatch.setattr(_store.Store, "save", save)
+  found = checkpoints.analyze(files, window=4, out=tmp_path / "run.nc")
+  assert "beginning anew" in capsys.readouterr().err
+  assert_same(found, checkpoints.analyze(files, window=4))
+
+
+# ---- bad input ----
+
+
+def spoil(i, change):
+  """A series with one changed checkpoint."""
+  series = walk()
+  series[i] = change(dict(series[i]))
+  return series
+
+
+def with_nan(params):
+  params["emb"] = params["emb"].copy()
+  params["emb"][3, 4] = np.nan
+  return params
+
+
+BAD = {
+  "nan": (with_nan, r"step_20\.npz \(step 20\), tensor 'emb': it holds NaN"),
+  "shape": (lambda p: {**p, "emb": p["emb"][1:]}, r"step_20\.npz \(step 20\), tensor 'emb': its shape is \(129, 24\)"),
+  "dtype": (lambda p: {**p, "emb": p["emb"].astype(np.float16)}, r"\(step 20\), tensor 'emb': its dtype is float16"),
+  "integers": (lambda p: {**p, "emb": p["emb"].astype(int)}, r"\(step 20\), tensor 'emb': its dtype is int64"),
+  "missing": (lambda p: {n: x for n, x in p.items() if n != "emb"}, r"\(step 20\): it lacks tensor 'emb'"),
+  "new": (lambda p: {**p, "lora": p["emb"]}, r"\(step 20\), tensor 'lora': the first checkpoint .* has no such tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_tensors_are_named_and_the_rest_is_kept(kind, tmp_path, record):
+  change, message = BAD[kind]
+  good = write(tmp_path / "good", walk())
+  out = tmp_path / "run.nc"
+  bad = write(tmp_path / "bad", spoil(4, change))
+  with pytest.raises(checkpoints.CheckpointError, match=message) as caught:
+    checkpoints.analyze(bad, window=(3, 5), groups=GROUPS, out=out)
+  assert str(caught.value).count("\n") == 0
+  import xarray as xr
+
+  with xr.open_dataset(out, engine="h5netcdf") as kept:
+    assert kept.step.values.tolist() == [5, 10, 15]
+  shutil.copy(tmp_path / "good" / "step_20.npz", tmp_path / "bad")
+  del good
+  assert_same(checkpoints.analyze(bad, window=(3, 5), groups=GROUPS, out=out), record)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_truncated_files_are_named(tmp_path, exact):
+  for kind in ("safetensors", "torch", "compressed"):
+    save, suffix = FORMATS[kind]
+    files = write(tmp_path / kind, walk(), save, suffix)
+    path = tmp_path / kind / f"step_20{suffix}"
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(checkpoints.CheckpointError, match=rf"step_20{suffix} \(step 20\)"):
+      checkpoints.analyze(files, window=3, sketch=sedjax.sketch.exact() if exact else None)
+
+
+def test_series_that_make_no_record(tmp_path, files):
+  def refused(message, *args, **options):
+    with pytest.raises(checkpoints.CheckpointError, match=message) as caught:
+      checkpoints.analyze(*args, **options)
+    assert "\n" not in str(caught.value)
+
+  refused("no file matches", str(tmp_path / "*.npz"))
+  refused("there is no file", [str(tmp_path / "a.npz")])
+  refused(r"9 checkpoints .* make 8 rows, fewer than the window of 10", files)
+  refused("3 steps were given for 9", files, steps=(1, 2, 3))
+  folder = os.path.dirname(files)
+  names = [f"{folder}/step_{i * EVERY}.npz" for i in range(COUNT)]
+  refused("do not ascend", names, window=3, steps=[0, 1, 2, 4, 3, 5, 6, 7, 8])
+  refused("same step", [names[0], *names], window=3)
+  shutil.copy(names[0], tmp_path / "final.npz")
+  refused("differ in more than a number", [*names, str(tmp_path / "final.npz")], window=3)
+  shutil.copy(names[0], tmp_path / "step_5.npz")
+  write(tmp_path / "seed_1", walk())
+  write(tmp_path / "seed_2", walk())
+  refused("several numbers vary", str(tmp_path / "seed_*" / "*.npz"), window=3)
+  refused("none of its", write(tmp_path / "ints", [{"a": np.arange(3)}] * 5), window=3)
+  with pytest.raises(ValueError, match="no regular expression"):
+    checkpoints.analyze(files, window=3, transpose="(")
+  with pytest.raises(ValueError, match="regular expressions to names"):
+    checkpoints.analyze(files, window=3, groups={"(": "a"})
+
+
+def test_steps_are_sorted_as_numbers(tmp_path, series, record):
+  """Also where names do not sort, and where steps are given."""
+  for i, params in enumerate(series):
+    np.savez(tmp_path / f"x{'abcdefghi'[i]}.npz", **params)
+  found = checkpoints.analyze(
+    str(tmp_path / "x*.npz"), steps=[i * EVERY for i in range(COUNT)], window=(3, 5), groups=GROUPS
+  )
+  assert_same(found, record)
+
+
+class Evil:
+  def __reduce__(self):
+    return os.system, ("touch /tmp/sedjax-was-here",)
+
+
+def test_pickles_are_not_executed(tmp_path, series):
+  torch = pytest.importorskip("torch")
+  files = write(tmp_path / "torch", series, *FORMATS["torch"])
+  torch.save({"w": torch.ones(3), "evil": Evil()}, tmp_path / "torch" / "step_10.pt")
+  with pytest.raises(checkpoints.CheckpointError, match=r"step_10\.pt \(step 10\).*could run code.*refused"):
+    checkpoints.analyze(files, window=3)
+  (tmp_path / "torch" / "step_10.pt").write_bytes(pickle.dumps({"w": Evil()}))
+  with pytest.raises(checkpoints.CheckpointError, match=r"step_10\.pt \(step 10\)"):
+    checkpoints.analyze(files, window=3)
+  pickled = spoil(0, lambda p: {**p, "evil": np.array([Evil()], object)})
+  found = checkpoints.analyze(write(tmp_path / "npz", pickled), window=3)
+  assert "evil [1]: it holds pickled objects" in found.attrs["parameters_left_out"]
+  assert not os.path.exists("/tmp/sedjax-was-here")
+
+
+def test_a_full_disk_keeps_what_was_saved(tmp_path, files, monkeypatch):
+  replace, count = _store._replace, []
+
+  def full(path, content):
+    count.append(path)
+    if len(count) == 4:
+      raise OSError(28, "No space left on device")
+    replace(path, content)
+
+  monkeypatch.setattr(_store, "_replace", full)
+  out = tmp_path / "run.nc"
+  with pytest.raises(checkpoints.CheckpointError, match=r"run\.nc\.part cannot be written \(No space left"):
+    checkpoints.analyze(files, window=3, out=out)
+  monkeypatch.setattr(_store, "_replace", replace)
+  assert_same(checkpoints.analyze(files, window=3, out=out), checkpoints.analyze(files, window=3))
+
+
+def test_shards_that_are_missing_or_elsewhere(tmp_path, series):
+  files = write(tmp_path / "a", series, *FORMATS["sharded"])
+  shard = tmp_path / "a" / "step_15" / "model-00002-of-00002.safetensors"
+  shard.unlink()
+  with pytest.raises(checkpoints.CheckpointError, match=r"step_15 \(step 15\): its shard model-00002.* does not exist"):
+    checkpoints.analyze(files, window=3)
+  index = shard.parent / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+  with pytest.raises(checkpoints.CheckpointError, match="outside of its folder"):
+    checkpoints.analyze(files, window=3)
+
+
+# ---- the command ----
+
+
+def command(*words):
+  parser = argparse.ArgumentParser("sedjax analyze")
+  _analyze_cli.add_arguments(parser)
+  return _analyze_cli.run(parser.parse_args([str(word) for word in words]))
+
+
+def test_command(tmp_path, files, record, capsys):
+  import xarray as xr
+
+  out = tmp_path / "run.nc"
+  groups = [f"--group={name}={pattern}" for pattern, name in GROUPS.items()]
+  assert command(files, "-o", out, "--window", "3,5", *groups) == 0
+  printed = capsys.readouterr()
+  assert "wrote" in printed.out
+  assert "taken: 4 tensors" in printed.err
+  with xr.open_dataset(out, engine="h5netcdf") as found:
+    assert_same(found, record)
+  assert command(files, "-o", out, "--window", "3", "--sketch", "exact", "--leave-out", "emb") == 0
+  assert "emb [130, 24]: groups leaves it out" in capsys.readouterr().err
+  for words in (
+    [tmp_path / "none*", "-o", out],
+    [files, "-o", out, "--window", "x"],
+    [files, "-o", out, "--sketch", "count:x"],
+    [files, "-o", out, "--group", "a"],
+  ):
+    assert command(*words) == 1
+    assert capsys.readouterr().err.startswith("sedjax analyze: ")
+
+
+# ---- mangled files ----
+
+
+def content_of(kind):
+  """A small checkpoint's bytes and suffix."""
+  small = {"a.w": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(2, np.float64)}
+  if kind == "safetensors":
+    return safetensors.save(small), ".safetensors"
+  buffer = io.BytesIO()
+  if kind == "npz":
+    np.savez(buffer, **small)
+  elif kind == "compressed":
+    np.savez_compressed(buffer, **small)
+  else:
+    torch = pytest.importorskip("torch")
+    torch.save({n: torch.tensor(x) for n, x in small.items()}, buffer, _use_new_zipfile_serialization=kind == "torch")
+  return buffer.getvalue(), ".pt" if "torch" in kind else ".npz"
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz", "compressed", "torch", "legacy torch"])
+def test_mangled_files_give_the_error_or_a_result(kind, tmp_path):
+  content, suffix = content_of(kind)
+  path = tmp_path / f"mangled{suffix}"
+
+  messages = []
+
+  @hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None)
+  @hypothesis.given(strategies.data())
+  def mangle(data):
+    mangled = bytearray(content)
+    for _ in range(data.draw(strategies.integers(0, 4))):
+      mangled[data.draw(strategies.integers(0, len(mangled) - 1))] = data.draw(strategies.integers(0, 255))
+    path.write_bytes(mangled[: data.draw(strategies.integers(0, len(mangled)) | strategies.just(len(mangled)))])
+    try:
+      reader = _readers.open_checkpoint(path)
+    except _readers.ReadError as error:
+      messages.append(str(error))
+      return
+    try:
+      for name, info in reader.tensors.items():
+        if info.dtype is not None:
+          assert info.size < 10**6
+          reader.read(name, 0, np.empty(info.size, info.dtype))
+    except _readers.ReadError:
+      pass
+    finally:
+      reader.close()
+
+  mangle()
+  assert messages
+  assert all(message and "\n" not in message for message in messages)
+
+
+def test_noise_of_rows_of_very_many_steps():
+  """The closed form is that of the sums over all pairs of steps."""
+  for momentum in (0.0, 0.5, 0.99):
+    for every in (1, 2, 7):
+      apart = np.arange(1 - every, every)
+      lags = np.abs(np.arange(5)[:, None] * every + apart)
+      expected = ((every - np.abs(apart)) * momentum ** lags.astype(float)).sum(1)
+      np.testing.assert_allclose(row_covariance(5, momentum, every)[0], expected, rtol=1e-9)
