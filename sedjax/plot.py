@@ -15,7 +15,6 @@ Arguments that all share:
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,6 +81,7 @@ def singular_values(
           label=f"σ$_{{{k}}}$" if k in named else None)  # fmt: skip
   if np.isfinite(values).any():
     ax.set_yscale("log")
+    _log_ticks(ax.yaxis, *ax.get_ylim())
   return _finish(ax, record, "singular_values", reverse=True)
 
 
@@ -114,11 +114,13 @@ def ratios(
   starts = _bins(steps, max(20, _pixels(ax) // 6))
   at = _middles(steps, starts)
   which = np.repeat(np.arange(len(starts)), np.diff([*starts, len(steps)]))
-  for marks, face, label in ((k_star * ~unsure, "black", "k*"), (k_star * unsure, "white", "k*, ambiguous")):
+  for marks, marker, face, label in (
+    (k_star * unsure, "o", "white", "k*, ambiguous"),
+    (k_star * ~unsure, "s", "#E69F00", "k*"),
+  ):
     pairs = np.unique(np.stack([which, marks])[:, marks > 0], axis=1).astype(int)
     if pairs.size:
-      ax.plot(at[pairs[0]], pairs[1], "o", ms=4, mfc=face, mec="black" if face == "white" else "white", mew=0.7,
-              label=label)  # fmt: skip
+      ax.plot(at[pairs[0]], pairs[1], marker, ms=3.6, mfc=face, mec="black", mew=0.6, ls="", label=label)
   ax.yaxis.set_major_locator(_matplotlib().ticker.MaxNLocator(integer=True, nbins=8))
   _finish(ax, record, None)
   ax.set_ylabel("place k in the spectrum")
@@ -246,12 +248,9 @@ def fidelity(
   ax.axhspan(1e-6, LOW_DIM, fc="#EEEEEE", ec=_HATCH, hatch="..", lw=0, zorder=0, label=f"low: under {LOW_DIM:,}")
   other = ax.secondary_yaxis("right", functions=(_error_of, _error_of_inverse))
   other.set_ylabel("standard error of a ratio (%)")
-  plain = _matplotlib().ticker.FuncFormatter(lambda x, _: f"{x:,.10g}")
-  ticker = _matplotlib().ticker.LogLocator(subs=(1, 2, 5))
-  for axis in (ax.yaxis, other.yaxis):
-    axis.set_major_locator(ticker if axis is ax.yaxis else _matplotlib().ticker.LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(plain)
-    axis.set_minor_locator(_matplotlib().ticker.NullLocator())
+  low, high = ax.get_ylim()
+  _log_ticks(ax.yaxis, low, high)
+  _log_ticks(other.yaxis, float(_error_of(high)), float(_error_of(low)))
   return _finish(ax, record, "effective_dim")
 
 
@@ -322,6 +321,7 @@ def events_of(record: xr.Dataset) -> list[tuple[int, str]]:
 def _matplotlib() -> Any:
   try:
     import matplotlib
+    import matplotlib.collections
     import matplotlib.colors
     import matplotlib.lines
     import matplotlib.patches
@@ -352,9 +352,7 @@ def _place(record: xr.Dataset, dim: str, label: Any) -> int:
   return labels.index(label)
 
 
-def _choose(
-  record: xr.Dataset, seed: Any, window: int | None, group: Any, one_seed: bool = False
-) -> xr.Dataset:
+def _choose(record: xr.Dataset, seed: Any, window: int | None, group: Any, one_seed: bool = False) -> xr.Dataset:
   """One window of one group, of one seed or all; nothing is read yet."""
   seeds = [0] if one_seed and seed is None else _places(record, seed)
   at = int(np.argmax(record.window.values)) if window is None else _place(record, "window", window)
@@ -492,7 +490,9 @@ def _heat(ax: Any, steps: np.ndarray, values: np.ndarray, sides: np.ndarray, lab
   )
   finite = values[np.isfinite(values)]
   top = max(1.05, float(finite.max())) if finite.size else 2.0
-  cmap = _matplotlib().colormaps["cividis_r"].with_extremes(under="white")
+  # Light to dark in grey too, and light enough where there is no edge to see marks on it.
+  blues = _matplotlib().colormaps["YlGnBu"](np.linspace(0.1, 1, 256))
+  cmap = colors.ListedColormap(blues).with_extremes(under="white")
   shown = np.ma.masked_invalid(values.T)
   mesh = ax.pcolormesh(edges, sides, shown, cmap=cmap, norm=colors.LogNorm(1, top), rasterized=True, zorder=1)
   bar = ax.figure.colorbar(mesh, ax=ax, extend="min" if finite.size and finite.min() < 1 else "neither", pad=0.02)
@@ -504,6 +504,7 @@ def _heat(ax: Any, steps: np.ndarray, values: np.ndarray, sides: np.ndarray, lab
     ax.fill_between([], [], fc=face, ec=_HATCH, hatch=hatch, lw=0, label="no value, or window filling")
 
 
+_NO_EVENTS = ("singular_values", "effective_dim")
 _TICKS = (1, 1.5, 2, 3, 5, 10, 20, 50, 100, 300)
 
 
@@ -514,6 +515,20 @@ def _ratio_ticks(axis: Any, low: float, top: float) -> None:
     ticks = [tick for tick in ticker.MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, top) if low <= tick <= top]
   axis.set_major_locator(ticker.FixedLocator(ticks))
   axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:.4g}"))
+  axis.set_minor_locator(ticker.NullLocator())
+
+
+def _log_ticks(axis: Any, low: float, high: float) -> None:
+  """Ticks 1, 2, 5 of each decade (1 alone over many decades, more within one), in plain numbers."""
+  ticker = _matplotlib().ticker
+  decades = np.log10(high / low)
+  steps = (1,) if decades > 3 else (1, 2, 5) if decades > 0.9 else (1, 1.5, 2, 3, 4, 5, 6, 8)
+  powers = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+  ticks = [tick for tick in np.outer(10.0**powers, steps).reshape(-1) if low <= tick <= high]
+  if len(ticks) < 3:
+    ticks = [tick for tick in ticker.MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+  axis.set_major_locator(ticker.FixedLocator(ticks[:: -(-len(ticks) // 8)]))
+  axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.4g}" if 1e-3 <= x < 1e6 else f"{x:.3g}"))
   axis.set_minor_locator(ticker.NullLocator())
 
 
@@ -550,30 +565,43 @@ def _short(name: str, length: int = 28) -> str:
 
 def _finish(ax: Any, record: xr.Dataset, name: str | None, reverse: bool = False) -> Any:
   """Labels, limits, events and the legend, which lies above the axes where it hides nothing."""
+  matplotlib, pixels = _matplotlib(), _pixels(ax)
   ax.set_xlabel(_label(record, "step", 60) if "step" in record.variables else "step")
   if name:
     ax.set_ylabel(_label(record, name))
-  steps = record.step.values if "step" in record.variables else np.zeros(0)
-  if len(steps) > 1:
-    margin = (steps[-1] - steps[0]) * 0.005
-    low, high = (steps[0], steps[-1]) if name in FIELDS or name is None else ax.get_xlim()
-    ax.set_xlim(min(low, steps[0]) - margin, max(high, steps[-1]) + margin)
   happened = events_of(record)
+  ends = [*record.step.values[[0, -1]]] if record.sizes.get("step") else []
+  if f"{name}_step" in record.variables and record.sizes[f"{name}_step"]:
+    ends += [*record[f"{name}_step"].values[[0, -1]]]
+  if ends:
+    margin = (max(ends) - min(ends)) * 0.005 or 0.5
+    ax.set_xlim(min(ends) - margin, max(ends) + margin)
+  dashes = {"color": "black", "lw": 0.8, "ls": (0, (6, 3))}
   for number, (step, _) in enumerate(happened, 1):
-    ax.axvline(step, color="black", lw=0.8, ls=(0, (6, 3)), zorder=3)
+    ax.axvline(step, zorder=3, **dashes)
     ax.annotate(str(number), (step, 1), xycoords=("data", "axes fraction"), xytext=(2, -2), va="top", fontsize="small",
-                textcoords="offset points", bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none"})  # fmt: skip
-  ax.xaxis.set_major_locator(_matplotlib().ticker.MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
-  comma: Callable[[float, int], str] = lambda x, _: f"{x:,.10g}"  # noqa: E731 - typed for the formatter
-  ax.xaxis.set_major_formatter(_matplotlib().ticker.FuncFormatter(comma))
+                textcoords="offset points", annotation_clip=True,
+                bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none"})  # fmt: skip
+  ax.xaxis.set_major_locator(
+    matplotlib.ticker.MaxNLocator(max(2, min(6, pixels // 70)), integer=True, steps=[1, 2, 2.5, 5, 10])
+  )
+  ax.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.10g}"))
   ax.spines[["top", "right"]].set_visible(False)
   handles, labels = ax.get_legend_handles_labels()
-  for number, (_, what) in enumerate(happened[:4], 1):
-    handles.append(_matplotlib().lines.Line2D([], [], color="black", lw=0.8, ls=(0, (6, 3))))
-    labels.append(f"{number}: {_short(what, 40)}")
+  if reverse:
+    handles, labels = handles[::-1], labels[::-1]
+  for i, handle in enumerate(handles):
+    if isinstance(handle, matplotlib.collections.PolyCollection):  # with a border, so that white is seen
+      face, hatch = handle.get_facecolor()[0], handle.get_hatch()
+      handles[i] = matplotlib.patches.Patch(fc=face, hatch=hatch, ec="#999999", lw=0.6)
+  # All pictures number the events; those of the gap ratio and of the user's series also say what they were.
+  for number, (_, what) in enumerate(happened[:4] if name and name not in _NO_EVENTS else [], 1):
+    handles.append(matplotlib.lines.Line2D([], [], **dashes))
+    labels.append(f"{number}: {_short(what, 32)}")
   if labels:
-    if reverse:
-      handles, labels = handles[::-1], labels[::-1]
-    ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=3 if _pixels(ax) > 380 else 2,
-              fontsize="small", frameon=False, borderaxespad=0.2, handlelength=1.8, columnspacing=1.2)  # fmt: skip
+    # As many columns as have room; a legend wider than the axes would narrow them.
+    font = matplotlib.rcParams["font.size"] * 0.83 * ax.figure.dpi / 72
+    columns = int(max(1, min(4, pixels // (font * (0.5 * max(map(len, labels)) + 4)))))
+    ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, fontsize="small", frameon=False,
+              borderaxespad=0.2, handlelength=1.8, columnspacing=1.2, labelspacing=0.3)  # fmt: skip
   return ax

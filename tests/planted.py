@@ -1,4 +1,4 @@
-"""A record whose phases were planted, made by the real tracker: seeds vmapped, groups, two windows, series and events."""
+"""A record of planted phases, made by the real tracker: vmapped seeds, groups, two windows, series and events."""
 
 import functools
 
