@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sedjax import _null, plot, record
+from sedjax._page_style import GLOSSARY, STYLE
 from sedjax._types import Phase, Report, Status, explain
 
 if TYPE_CHECKING:
@@ -302,7 +303,7 @@ _PHASE_NAMES = {phase: name for phase, (_, _, name) in plot.PHASES.items()}
 
 
 def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-  """A table in a box of its own that scrolls; cells are HTML. The first `left` columns are words, the others numbers."""
+  """A table in a box of its own that scrolls; cells are HTML. The first `left` columns hold words, others numbers."""
   head = "".join(f'<th scope="col"{"" if i < left else " class=n"}>{title}</th>' for i, title in enumerate(heads))
   body = "".join(
     "<tr>"
@@ -395,7 +396,7 @@ class _Page:
       self.group_section(),
       self.fidelity_section(),
       self.provenance_section(),
-      _GLOSSARY,
+      GLOSSARY,
     ]
     body = "\n".join(part for part in parts if part)
     return (
@@ -404,7 +405,7 @@ class _Page:
       # The page asks no host for anything, and a browser is told to see to it.
       '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
       "style-src 'unsafe-inline'\">\n"
-      f'<link rel="icon" href="data:,">\n<title>{_e(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n'
+      f'<link rel="icon" href="data:,">\n<title>{_e(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
       f"<main>\n<h1>{_e(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
@@ -484,8 +485,8 @@ class _Page:
       kept = sorted(spans, key=lambda span: -span.steps)[:_MANY_SPANS]
       left_out += len(spans) - len(kept)
       for span in sorted(kept, key=lambda span: span.first):
-        open_end = " so far" if span.until is None else ""
-        rows.append([_e(seed), _e(_PHASE_NAMES[Phase(span.phase)]), f"{span.first:,}", f"{_steps(span.steps)}{open_end}",
+        lasts = _steps(span.steps) + (" so far" if span.until is None else "")
+        rows.append([_e(seed), _e(_PHASE_NAMES[Phase(span.phase)]), f"{span.first:,}", lasts,
                      _number(span.peak)])  # fmt: skip
     table = _table(
       "Phases, with their first step and how long they last", ["Seed", "Phase", "First step", "Lasts", "Highest ratio"],
@@ -652,13 +653,14 @@ class _Page:
           continue
         best = int(sums.peak[at].argmax())
         rows.append([
-          _e(group), _e(shown), str(window), _percent(full, sums.rows * len(ends)), f"{k} ({_percent(places[k], full)})",
+          _e(group), _e(shown), str(window), _percent(full, sums.rows * len(ends)),
+          f"{k} ({_percent(places[k], full)})",
           _number(math.exp(sums.log_ratio[at].sum() / full)), _number(float(sums.peak[at].max())),
           f"{int(sums.peak_step[at][best]):,}", _percent(int(sums.above[at].sum()), full),
           _percent(int(sums.ambiguous[at].sum()), full), _percent(float(sums.pc1[at].sum()), full),
         ])  # fmt: skip
-    heads = ["Group", "Phase at the end", "Window", "Full", "Usual k*", "Mean ratio", "Highest", "at step", "Above noise",
-             "Ambiguous", "σ₁² share"]  # fmt: skip
+    heads = ["Group", "Phase at the end", "Window", "Full", "Usual k*", "Mean ratio", "Highest", "at step",
+             "Above noise", "Ambiguous", "σ₁² share"]  # fmt: skip
     table = _table("Every group and window, over all seeds", heads, rows, left=2)
     picture = ""
     if len(self.groups) > 1:
@@ -709,8 +711,8 @@ class _Page:
     if every is not None and every < self.window and self.attrs.get("source") != "checkpoints":
       notes.append((
         "Short rows.",
-        f"A row sums {_steps(int(every))}, fewer than the window’s {self.window} rows. Neighbouring rows are then alike "
-        "by the optimizer’s momentum alone, and a window sees little of the path; a larger every= shows slower motion.",
+        f"A row sums {_steps(int(every))}, fewer than the window’s {self.window} rows. Neighbouring rows are then "
+        "alike by the optimizer’s momentum alone, and a window sees little of the path; a larger every= shows slower motion.",
       ))  # fmt: skip
     note = self.momentum_note()
     if note:
@@ -806,60 +808,3 @@ class _Page:
 def _short_text(value: Any, most: int = 2000) -> str:
   text = ", ".join(map(str, value.tolist())) if isinstance(value, np.ndarray) and value.ndim else str(value)
   return text if len(text) <= most else f"{text[:most]} … ({len(text):,} characters)"
-
-
-_GLOSSARY = """<h2>How to read this page</h2><dl>
-<dt>Row, window</dt><dd>A row is the sum of some optimizer steps; a window holds the newest rows, and its singular values
-σ₁ ≥ σ₂ ≥ … say how coherent the motion is.</dd>
-<dt>Edge, k*, gap ratio</dt><dd>The place of the largest ratio σ_k/σ_(k+1), and that ratio. What is before it is signal,
-after it noise.</dd>
-<dt>Noise</dt><dd>What an optimizer of the recorded momentum shows on white noise, through the same sketch. A ratio
-exceeds the line less than once in 10⁵ rows of it.</dd>
-<dt>Phase</dt><dd>Told while training goes on, without hindsight: <i>no edge</i> (within noise), <i>rise</i>,
-<i>plateau</i> (at least 0.85 of the peak) and <i>collapse</i>. Runs that never generalize have them, too.</dd>
-<dt>Ambiguous</dt><dd>Another place’s ratio is within the sketch’s error of the largest one.</dd>
-</dl>"""
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d5dae0; --paper: #fff; --box: #f5f7f9;
-  --warn: #8a4b00; --warnbox: #fff6e5; --warnline: #e0a030; --ok: #1a6336; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --soft: #a3abb5; --line: #3a424c; --paper: #14171b;
-  --box: #1c2127; --warn: #f3c877; --warnbox: #2b2314; --warnline: #9a6b17; --ok: #86d4a2; } }
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-main { max-width: 52rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; overflow-wrap: break-word; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 1.25rem; letter-spacing: -.01em; }
-h2 { font-size: 1.3rem; line-height: 1.3; margin: 3rem 0 .75rem; }
-h3 { font-size: 1.05rem; margin: 1.75rem 0 .4rem; }
-p, ul, dl { margin: .6rem 0; }
-ul { padding-left: 1.2rem; }
-li { margin: .3rem 0; }
-.lead p { margin: .45rem 0; font-size: 1.08rem; }
-.lead p:first-child { color: var(--soft); font-size: 1rem; }
-.note { border: 1px solid var(--line); border-left: .35rem solid var(--line); border-radius: .4rem;
-  padding: .9rem 1.1rem; margin: 1.75rem 0; background: var(--box); }
-.note h2 { font-size: 1.05rem; margin: 0 0 .3rem; }
-.note p { margin: 0; }
-.note.warn { border-color: var(--warnline); background: var(--warnbox); }
-.note.warn h2 { color: var(--warn); }
-.note.ok h2 { color: var(--ok); }
-figure { margin: 1.25rem 0 1.5rem; }
-img { display: block; width: 100%; height: auto; background: #fff; border-radius: .3rem; }
-figcaption { color: var(--soft); font-size: .88rem; line-height: 1.45; margin-top: .5rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; border: 1px solid var(--line); border-radius: .4rem; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .6rem .75rem; font-weight: 600; }
-th, td { padding: .4rem .75rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
-th { font-weight: 500; }
-thead th { color: var(--soft); white-space: nowrap; background: var(--box); }
-.n { text-align: right; white-space: nowrap; }
-tbody th { min-width: 4rem; max-width: 16rem; overflow-wrap: anywhere; }
-td { overflow-wrap: anywhere; min-width: 5.5rem; }
-dt { font-weight: 600; margin-top: .7rem; }
-dd { margin: 0; }
-:focus-visible { outline: 2px solid #0072b2; outline-offset: 2px; }
-@media (max-width: 560px) { body { font-size: 16px; } main { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.5rem; } }
-@media print { main { max-width: none; padding: 0; } .scroll { overflow: visible; } figure, tr { break-inside: avoid; } }
-"""
