@@ -53,12 +53,12 @@ class Sums(NamedTuple):
   rows: int
   full: np.ndarray  # rows with a full window
   above: np.ndarray  # of these, rows whose ratio exceeds what noise shows
-  ambiguous: np.ndarray
+  ambiguous: np.ndarray  # of those above, rows whose k* is ambiguous: within noise k* means nothing
   log_ratio: np.ndarray  # sum of log gap ratio
   pc1: np.ndarray  # sum of shares
   peak: np.ndarray  # the greatest gap ratio
   peak_step: np.ndarray
-  places: np.ndarray  # [..., K]: rows by k*
+  places: np.ndarray  # [..., K]: those above, by k*
   bits: np.ndarray  # [..., 32]: rows by status bit
   last_phase: np.ndarray
   missing: np.ndarray  # rows in which a number is NaN or infinite
@@ -195,13 +195,14 @@ def _read(source: xr.Dataset, w: int, g: int) -> tuple[Sums, xr.Dataset, xr.Data
     sound = np.isfinite(gap)
     filled = (k_star > 0) & sound
     full += filled.sum(0)
-    above += (filled & (gap > null)).sum(0)
+    edge = filled & (gap > null)
+    above += edge.sum(0)
     missing += (~sound).sum(0)
     log_ratio += np.log(np.where(filled & (gap > 0), gap, 1), dtype=np.float32).sum(0, dtype=float)
     for k in range(1, min(k_max, int(k_star.max(initial=0))) + 1):
-      places[..., k] += (filled & (k_star == k)).sum(0)
+      places[..., k] += (edge & (k_star == k)).sum(0)
     if "edge_ambiguous" in block:
-      ambiguous += (filled & (block["edge_ambiguous"] > 0)).sum(0)
+      ambiguous += (edge & (block["edge_ambiguous"] > 0)).sum(0)
     if "pc1_fraction" in block:
       pc1 += np.where(filled, np.nan_to_num(block["pc1_fraction"]), 0).sum(0, dtype=float)
     if "effective_dim" in block:
@@ -269,13 +270,13 @@ def _number(value: float, digits: int = 3) -> str:
 
 
 def _percent(part: float, whole: float = 1) -> str:
-  """Never "0 %" or "100 %" of what is neither."""
+  """Never "0\u00a0%" or "100 %" of what is neither."""
   if whole <= 0:
     return "–"
   share = 100 * part / whole
   if 0 < share < 1:
-    return "under 1 %"
-  return "over 99 %" if 99 < share < 100 else f"{share:.0f} %"
+    return "under 1\u00a0%"
+  return "over 99\u00a0%" if 99 < share < 100 else f"{share:.0f}\u00a0%"
 
 
 def _steps(count: int) -> str:
@@ -314,9 +315,11 @@ def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], le
     + "</tr>\n"
     for row in rows
   )
+  label = _e(caption)
   return (
-    f'<div class="scroll" tabindex="0" role="region" aria-label="{_e(caption)}"><table><caption>{_e(caption)}</caption>'
-    f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+    f'<div class="box"><p class="caption">{label}</p><div class="scroll" tabindex="0" role="region" '
+    f'aria-label="{label}"><table aria-label="{label}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
+    "</div></div>"
   )
 
 
@@ -452,9 +455,11 @@ class _Page:
     full, above, unsure = (int(part[self.at].sum()) for part in (sums.full, sums.above, sums.ambiguous))
     places = sums.places[self.at].sum(0)
     k = int(places.argmax())
+    if not above:
+      return f"The gap ratio exceeds what noise shows in none of {full:,} full windows."
     return (
-      f"It lies at k* = {k} in {_percent(places[k], full)} of full windows; its ratio exceeds what noise shows in "
-      f"{_percent(above, full)}, and in {_percent(unsure, full)} another place comes within the sketch’s error."
+      f"The gap ratio exceeds what noise shows in {_percent(above, full)} of full windows. There k* is {k} in "
+      f"{_percent(places[k], above)}, and ambiguous in {_percent(unsure, above)}."
     )
 
   def seed_words(self, spans: list[Span]) -> str:
@@ -480,9 +485,9 @@ class _Page:
     )
     rest = len(self.seeds) - len(shown)
     more = f"<p>{rest} more seeds are in the tables of groups and windows.</p>" if rest else ""
-    rows, left_out = [], 0
+    rows, left_out, most = [], 0, max(4, 3 * _MANY_SPANS // len(shown))
     for seed, spans in zip(shown, self.spans, strict=False):
-      kept = sorted(spans, key=lambda span: -span.steps)[:_MANY_SPANS]
+      kept = sorted(spans, key=lambda span: -span.steps)[:most]
       left_out += len(spans) - len(kept)
       for span in sorted(kept, key=lambda span: span.first):
         lasts = _steps(span.steps) + (" so far" if span.until is None else "")
@@ -512,11 +517,13 @@ class _Page:
     if not full.any():
       return "<p>The seeds cannot be compared: there is no step at which all windows are full.</p>"
     same_phase = (self.phase == self.phase[:, :1]).all(1)[full].mean()
-    same_k = (self.k_star == self.k_star[:, :1]).all(1)[full].mean()
+    edges = full & (self.gap > self.null).all(1)
     lines = [
-      f"All {len(self.seeds)} seeds are in one phase in {_percent(same_phase)} of the reports with full windows, and "
-      f"agree on k* in {_percent(same_k)}."
+      f"All {len(self.seeds)} seeds are in one phase in {_percent(same_phase)} of the reports with full windows."
     ]
+    if edges.any():
+      same_k = (self.k_star == self.k_star[:, :1]).all(1)[edges].mean()
+      lines.append(f"Where all exceed noise, they agree on k* in {_percent(same_k)}.")
     for phase in (Phase.RISE, Phase.PLATEAU, Phase.COLLAPSE):
       firsts = [next((s.first for s in spans if s.phase == phase), None) for spans in self.spans]
       found = [step for step in firsts if step is not None]
@@ -542,12 +549,12 @@ class _Page:
     if self.exact():
       sure.append("The sketch is exact, so ratios have no sampling error.")
     elif math.isfinite(dim):
-      sure.append(f"Ratios have a standard error of {_number(100 / math.sqrt(max(dim, 1)), 2)} % or less (√(1/d), with "
+      sure.append(f"Ratios have a standard error of {_number(100 / math.sqrt(max(dim, 1)), 2)}\u00a0% or less (√(1/d), with "
                   f"an effective dimension d of at least {dim:,.0f}).")  # fmt: skip
     places = sums.places[self.at].sum(0)
     if np.count_nonzero(places) > 1:
       shares = [f"{k} in {_percent(places[k], places.sum())}" for k in np.argsort(-places)[:4] if places[k]]
-      sure.append(f"Places of k*: {_list(shares)}.")
+      sure.append(f"Places of k* above noise: {_list(shares)}.")
     pictures = ""
     if "ratios" in self.first:
       pictures += _figure(
@@ -642,33 +649,32 @@ class _Page:
     for g, group in enumerate(self.groups):
       for w, window in enumerate(self.windows):
         at = (slice(None), w, g)
-        full = int(sums.full[at].sum())
+        full, above = int(sums.full[at].sum()), int(sums.above[at].sum())
         places = sums.places[at].sum(0)
         k = int(places.argmax())
         ends = [int(p) for p in sums.last_phase[at]]
         common = max(sorted(set(ends)), key=ends.count)
         shown = _PHASE_NAMES[Phase(common)] + (f" ({ends.count(common)} of {len(ends)})" if len(ends) > 1 else "")
         if not full:
-          rows.append([_e(group), _e(shown), str(window), "0 %", *["–"] * 7])
+          rows.append([_e(group), _e(shown), str(window), "0\u00a0%", *["–"] * 7])
           continue
         best = int(sums.peak[at].argmax())
         rows.append([
           _e(group), _e(shown), str(window), _percent(full, sums.rows * len(ends)),
-          f"{k} ({_percent(places[k], full)})",
           _number(math.exp(sums.log_ratio[at].sum() / full)), _number(float(sums.peak[at].max())),
-          f"{int(sums.peak_step[at][best]):,}", _percent(int(sums.above[at].sum()), full),
-          _percent(int(sums.ambiguous[at].sum()), full), _percent(float(sums.pc1[at].sum()), full),
+          f"{int(sums.peak_step[at][best]):,}", _percent(above, full),
+          f"{k} ({_percent(places[k], above)})" if above else "–", _percent(int(sums.ambiguous[at].sum()), above), _percent(float(sums.pc1[at].sum()), full),
         ])  # fmt: skip
-    heads = ["Group", "Phase at the end", "Window", "Full", "Usual k*", "Mean ratio", "Highest", "at step",
-             "Above noise", "Ambiguous", "σ₁² share"]  # fmt: skip
+    heads = ["Group", "Phase at the end", "Window", "Full", "Mean ratio", "Highest", "at step",
+             "Above noise", "k* there", "Ambiguous there", "σ₁² share"]  # fmt: skip
     table = _table("Every group and window, over all seeds", heads, rows, left=2)
     picture = ""
     if len(self.groups) > 1:
-      of = self.of_first()
+      of = f" Seed {self.seeds[0]}, the first." if len(self.seeds) > 1 else ""
       picture = _figure(
         lambda ax: plot.groups(self.by_group, ax=ax),
         f"Heat map of groups over time: by how much the gap ratio of each of {len(self.groups)} groups exceeds noise.",
-        f"How far each group’s ratio exceeds what noise shows{of}: white is within noise.",
+        f"How far each group’s ratio exceeds what noise shows; white is within noise.{of}",
       )
     return f"<h2>Groups and windows</h2>{picture}{table}"
 
@@ -712,7 +718,8 @@ class _Page:
       notes.append((
         "Short rows.",
         f"A row sums {_steps(int(every))}, fewer than the window’s {self.window} rows. Neighbouring rows are then "
-        "alike by the optimizer’s momentum alone, and a window sees little of the path; a larger every= shows slower motion.",
+        "alike by the optimizer’s momentum alone, and a window sees little of the path; a larger "
+        "every= shows slower motion.",
       ))  # fmt: skip
     note = self.momentum_note()
     if note:

@@ -40,15 +40,16 @@ li { margin: .3rem 0; }
 figure { margin: 1.25rem 0 1.5rem; }
 img { display: block; width: 100%; height: auto; background: #fff; border-radius: .3rem; }
 figcaption { color: var(--soft); font-size: .88rem; line-height: 1.45; margin-top: .5rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; border: 1px solid var(--line); border-radius: .4rem; }
+.box { margin: 1rem 0; border: 1px solid var(--line); border-radius: .4rem; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; line-height: 1.4;
   font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .6rem .75rem; font-weight: 600; }
+.caption { margin: 0; padding: .6rem .75rem; font-weight: 600; font-size: .88rem; line-height: 1.4; }
 th, td { padding: .4rem .75rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
 th { font-weight: 500; }
 thead th { color: var(--soft); white-space: nowrap; background: var(--box); }
 .n { text-align: right; white-space: nowrap; }
-tbody th { min-width: 4rem; max-width: 16rem; overflow-wrap: anywhere; }
+tbody th { min-width: 4rem; max-width: 16rem; overflow-wrap: break-word; }
 td { overflow-wrap: anywhere; min-width: 5.5rem; }
 dt { font-weight: 600; margin-top: .7rem; }
 dd { margin: 0; }

@@ -152,7 +152,7 @@ def gap_ratio(
   gaps, nulls = (np.where(filled, _read(chosen, name)[1], np.nan) for name in ("gap_ratio", "null_ratio"))
   top = _band(ax, steps, gaps, "gap ratio")
   _line(ax, steps, _median(nulls), color="black", lw=1, ls=(0, (1, 1.5)), label="noise seldom exceeds")
-  _ratio_axis(ax, top, np.nanmax(nulls, initial=1))
+  _ratio_axis(ax, top, np.nanmax(nulls, initial=1), low=min(0.97, 0.98 * np.nanmin(gaps, initial=1)))
   return _finish(ax, record, "gap_ratio")
 
 
