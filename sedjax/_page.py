@@ -138,6 +138,7 @@ def make_page(source: xr.Dataset, *, name: str = "record", window: int | None = 
     ValueError: it is no record, or has no such window or group.
     ImportError: matplotlib is missing.
   """
+  plot.load_matplotlib()  # before minutes of reading
   check_record(source, name)
   windows, groups = source.window.values.tolist(), source.group.values.tolist()
   window = max(windows) if window is None else window
@@ -325,9 +326,9 @@ def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], le
 
 def _figure(draw: Callable[[Any], Any], alt: str, caption: str) -> str:
   """Two pictures, for wide and for narrow screens, in the page itself."""
-  import matplotlib
   from matplotlib.figure import Figure
 
+  matplotlib = plot.load_matplotlib()
   uris = []
   for size in _FIGURE_SIZES:
     with matplotlib.rc_context({"font.size": 9.5, "axes.linewidth": 0.7, "savefig.dpi": 170}):
@@ -515,7 +516,7 @@ class _Page:
       return ""
     full = self.filled.all(1)
     if not full.any():
-      return "<p>The seeds cannot be compared: there is no step at which all windows are full.</p>"
+      return "<h3>Do the seeds agree?</h3><p>That cannot be said: there is no step at which all windows are full.</p>"
     same_phase = (self.phase == self.phase[:, :1]).all(1)[full].mean()
     edges = full & (self.gap > self.null).all(1)
     lines = [
@@ -549,8 +550,11 @@ class _Page:
     if self.exact():
       sure.append("The sketch is exact, so ratios have no sampling error.")
     elif math.isfinite(dim):
-      sure.append(f"Ratios have a standard error of {_number(100 / math.sqrt(max(dim, 1)), 2)}\u00a0% or less (√(1/d), with "
-                  f"an effective dimension d of at least {dim:,.0f}).")  # fmt: skip
+      error = _number(100 / math.sqrt(max(dim, 1)), 2)
+      sure.append(
+        f"Ratios have a standard error of {error}\u00a0% or less (√(1/d), with an effective dimension d of at least "
+        f"{dim:,.0f})."
+      )
     places = sums.places[self.at].sum(0)
     if np.count_nonzero(places) > 1:
       shares = [f"{k} in {_percent(places[k], places.sum())}" for k in np.argsort(-places)[:4] if places[k]]
@@ -663,7 +667,8 @@ class _Page:
           _e(group), _e(shown), str(window), _percent(full, sums.rows * len(ends)),
           _number(math.exp(sums.log_ratio[at].sum() / full)), _number(float(sums.peak[at].max())),
           f"{int(sums.peak_step[at][best]):,}", _percent(above, full),
-          f"{k} ({_percent(places[k], above)})" if above else "–", _percent(int(sums.ambiguous[at].sum()), above), _percent(float(sums.pc1[at].sum()), full),
+          f"{k} ({_percent(places[k], above)})" if above else "–",
+          _percent(int(sums.ambiguous[at].sum()), above), _percent(float(sums.pc1[at].sum()), full),
         ])  # fmt: skip
     heads = ["Group", "Phase at the end", "Window", "Full", "Mean ratio", "Highest", "at step",
              "Above noise", "k* there", "Ambiguous there", "σ₁² share"]  # fmt: skip

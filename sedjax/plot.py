@@ -72,7 +72,7 @@ def singular_values(
   values = np.where(values[:, 0] > 0, values[:, 0], np.nan)  # rows not yet there are 0
   size = max(1, min(int(chosen.window[0]), values.shape[1]))
   _shade(ax, steps, _read(chosen, "phase")[1], only=(Phase.WARMUP,))
-  cividis = _matplotlib().colormaps["cividis"]
+  cividis = load_matplotlib().colormaps["cividis"]
   named = {1, 2, 3, size}
   for k in range(size, 0, -1):
     color = cividis(0.9 * (k - 1) / max(1, size - 1))
@@ -121,7 +121,7 @@ def ratios(
     pairs = np.unique(np.stack([which, marks])[:, marks > 0], axis=1).astype(int)
     if pairs.size:
       ax.plot(at[pairs[0]], pairs[1], marker, ms=3.6, mfc=face, mec="black", mew=0.6, ls="", label=label)
-  ax.yaxis.set_major_locator(_matplotlib().ticker.MaxNLocator(integer=True, nbins=8))
+  ax.yaxis.set_major_locator(load_matplotlib().ticker.MaxNLocator(integer=True, nbins=8))
   _finish(ax, record, None)
   ax.set_ylabel("place k in the spectrum")
   return ax
@@ -209,7 +209,11 @@ def groups(record: xr.Dataset, *, ax: Any = None, seed: Any = None, window: int 
     margins.append(_margin(chosen)[:, 0])
   _heat(ax, record.step.values, np.stack(margins, 1), np.arange(len(names) + 1) - 0.5,
         "gap ratio / ratio that noise seldom exceeds")  # fmt: skip
-  ax.set_yticks(range(len(names)), [_short(name) for name in names], fontsize="small" if len(names) > 12 else None)
+  ax.set_yticks(
+    range(len(names)),
+    [_short(name, min(28, max(12, _pixels(ax) // 20))) for name in names],
+    fontsize="small" if len(names) > 12 else None,
+  )
   ax.invert_yaxis()
   _finish(ax, record, None)
   ax.set_ylabel("group")
@@ -318,7 +322,12 @@ def events_of(record: xr.Dataset) -> list[tuple[int, str]]:
   return sorted((int(step), str(what)) for step, what in happened)
 
 
-def _matplotlib() -> Any:
+def load_matplotlib() -> Any:
+  """The module matplotlib, with what is used of it.
+
+  Raises:
+    ImportError: it is missing; the message names the extra.
+  """
   try:
     import matplotlib
     import matplotlib.collections
@@ -332,7 +341,7 @@ def _matplotlib() -> Any:
 
 
 def _axes(ax: Any) -> Any:
-  _matplotlib()
+  load_matplotlib()
   if ax is not None:
     return ax
   import matplotlib.pyplot as plt
@@ -478,7 +487,7 @@ def _shade(ax: Any, steps: np.ndarray, phases: np.ndarray, only: tuple[Phase, ..
 
 def _heat(ax: Any, steps: np.ndarray, values: np.ndarray, sides: np.ndarray, label: str) -> None:
   """A heat map of values [step, row], logarithmic from 1 on; white below 1, hatched where there is none."""
-  colors, patches = _matplotlib().colors, _matplotlib().patches
+  colors, patches = load_matplotlib().colors, load_matplotlib().patches
   starts = _bins(steps, _pixels(ax))
   values = np.fmax.reduceat(values, starts, axis=0)
   edges = _edges(steps, starts)
@@ -491,7 +500,7 @@ def _heat(ax: Any, steps: np.ndarray, values: np.ndarray, sides: np.ndarray, lab
   finite = values[np.isfinite(values)]
   top = max(1.05, float(finite.max())) if finite.size else 2.0
   # Light to dark in grey too, and light enough where there is no edge to see marks on it.
-  blues = _matplotlib().colormaps["YlGnBu"](np.linspace(0.1, 1, 256))
+  blues = load_matplotlib().colormaps["YlGnBu"](np.linspace(0.1, 1, 256))
   cmap = colors.ListedColormap(blues).with_extremes(under="white")
   shown = np.ma.masked_invalid(values.T)
   mesh = ax.pcolormesh(edges, sides, shown, cmap=cmap, norm=colors.LogNorm(1, top), rasterized=True, zorder=1)
@@ -509,7 +518,7 @@ _TICKS = (1, 1.5, 2, 3, 5, 10, 20, 50, 100, 300)
 
 
 def _ratio_ticks(axis: Any, low: float, top: float) -> None:
-  ticker = _matplotlib().ticker
+  ticker = load_matplotlib().ticker
   ticks = [tick for tick in _TICKS if low <= tick <= top]
   if len(ticks) < 3:
     ticks = [tick for tick in ticker.MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, top) if low <= tick <= top]
@@ -520,7 +529,7 @@ def _ratio_ticks(axis: Any, low: float, top: float) -> None:
 
 def _log_ticks(axis: Any, low: float, high: float) -> None:
   """Ticks 1, 2, 5 of each decade (1 alone over many decades, more within one), in plain numbers."""
-  ticker = _matplotlib().ticker
+  ticker = load_matplotlib().ticker
   decades = np.log10(high / low)
   steps = (1,) if decades > 3 else (1, 2, 5) if decades > 0.9 else (1, 1.5, 2, 3, 4, 5, 6, 8)
   powers = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
@@ -565,7 +574,7 @@ def _short(name: str, length: int = 28) -> str:
 
 def _finish(ax: Any, record: xr.Dataset, name: str | None, reverse: bool = False) -> Any:
   """Labels, limits, events and the legend, which lies above the axes where it hides nothing."""
-  matplotlib, pixels = _matplotlib(), _pixels(ax)
+  matplotlib, pixels = load_matplotlib(), _pixels(ax)
   ax.set_xlabel(_label(record, "step", 60) if "step" in record.variables else "step")
   if name:
     ax.set_ylabel(_label(record, name))

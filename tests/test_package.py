@@ -13,7 +13,17 @@ import pytest
 import sedjax
 
 ROOT = pathlib.Path(__file__).parents[1]
-MODULES = ("sedjax", "sedjax.core", "sedjax.sketch", "sedjax._transform", "sedjax._migrate", "sedjax._types")
+MODULES = (
+  "sedjax",
+  "sedjax.core",
+  "sedjax.plot",
+  "sedjax.record",
+  "sedjax.sketch",
+  "sedjax.__main__",
+  "sedjax._transform",
+  "sedjax._migrate",
+  "sedjax._types",
+)
 
 
 def test_public_names():
