@@ -41,15 +41,10 @@ def _parser() -> argparse.ArgumentParser:
   report.add_argument("--window", type=int, help="window of the text and the pictures (default: the largest)")
   report.add_argument("--group", help="group of the text and the pictures (default: the whole model)")
   report.set_defaults(run=_report)
+  # Where the module that reads checkpoints is not there, there is no such command.
   if importlib.util.find_spec("sedjax._analyze_cli") is not None:
     cli = importlib.import_module("sedjax._analyze_cli")
-    analyze = commands.add_parser(
-      "analyze",
-      help="make a record from a series of checkpoints",
-      description="Makes a record from a series of checkpoints.",
-      epilog="example:\n  sedjax analyze 'run/step_*/model.safetensors' -o run.nc\n",
-      formatter_class=raw,
-    )
+    analyze = commands.add_parser("analyze", help="make a record from a series of checkpoints")
     cli.add_arguments(analyze)
     analyze.set_defaults(run=cli.run)
   return parser

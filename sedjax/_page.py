@@ -73,23 +73,25 @@ def open_record(path: str | os.PathLike[str]) -> xr.Dataset:
     ValueError: it is no record, or one of a newer version.
     ImportError: the extra `io` is missing.
   """
-  if not os.path.isfile(path):
-    raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
-  opener = getattr(record, "open_record", None)
-  if opener is not None:
-    found = opener(path)
-  else:
-    try:
-      import h5netcdf  # noqa: F401  # pyright: ignore[reportMissingImports]
-      import xarray as xr
-    except ImportError as error:
-      raise ImportError('Records need xarray and h5netcdf: python -m pip install "sedjax[io,plot]".') from error
-    try:
-      found = xr.open_dataset(path, engine="h5netcdf")
-    except Exception as error:  # the library raises many kinds, OSError and KeyError among them
-      raise ValueError(f"{os.fspath(path)!r} cannot be read as a NetCDF file, so it is no record of sedjax.") from error
+  # Until all versions of the record's module have it: the plain way, which knows no record that is being written.
+  opener = getattr(record, "open_record", None) or _open_plain
+  found = opener(path)
   check_record(found, os.fspath(path))
   return found
+
+
+def _open_plain(path: str | os.PathLike[str]) -> xr.Dataset:
+  if not os.path.isfile(path):
+    raise FileNotFoundError(f"there is no record {os.fspath(path)}.")
+  try:
+    import h5netcdf  # noqa: F401  # pyright: ignore[reportMissingImports]
+    import xarray as xr
+  except ImportError as error:
+    raise ImportError("records need xarray and h5netcdf: pip install 'sedjax[io,plot]'.") from error
+  try:
+    return xr.open_dataset(path, engine="h5netcdf")
+  except Exception as error:  # the library raises many kinds, OSError and KeyError among them
+    raise ValueError(f"cannot read {os.fspath(path)}: it is no NetCDF file, so no record of sedjax.") from error
 
 
 def check_record(found: xr.Dataset, name: str) -> None:
@@ -97,15 +99,15 @@ def check_record(found: xr.Dataset, name: str) -> None:
   version = found.attrs.get("record_version")
   if version is not None and int(np.asarray(version)) > record.VERSION:
     raise ValueError(
-      f"{name!r} is a record of version {int(np.asarray(version))}, and this sedjax reads up to {record.VERSION}; "
-      "upgrade sedjax."
+      f"{name} is a record of version {int(np.asarray(version))}, this library reads up to {record.VERSION}; update "
+      "sedjax."
     )
   lacking = [key for key in record.DIMS if key not in found.dims or key not in found.coords]
   lacking += [key for key in _NEEDED if key not in found.data_vars]
   if lacking:
-    raise ValueError(f"{name!r} is no record of sedjax: it lacks {', '.join(lacking)}.")
+    raise ValueError(f"{name} is no record of sedjax: it lacks {', '.join(lacking)}.")
   if not all(found.sizes[dim] for dim in record.DIMS):
-    raise ValueError(f"{name!r} holds no rows.")
+    raise ValueError(f"{name} holds no rows.")
 
 
 def write_page(
@@ -719,7 +721,7 @@ class _Page:
     if never.any():
       notes.append(("Window not full.", f"It never fills for {self._places(never)}, so there is no edge to look for: "
                     "the record is too short, or the group has no updates."))  # fmt: skip
-    if every is not None and every < self.window and self.attrs.get("source") != "checkpoints":
+    if every is not None and every < self.window:
       notes.append((
         "Short rows.",
         f"A row sums {_steps(int(every))}, fewer than the window’s {self.window} rows. Neighbouring rows are then "

@@ -336,7 +336,7 @@ def load_matplotlib() -> Any:
     import matplotlib.patches
     import matplotlib.ticker
   except ImportError as error:
-    raise ImportError('sedjax.plot needs matplotlib: python -m pip install "sedjax[plot]".') from error
+    raise ImportError("sedjax.plot needs matplotlib: pip install 'sedjax[plot]'.") from error
   return matplotlib
 
 
