@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     message = f"{error.filename!r}: {error.strerror}." if error.filename and error.strerror else str(error)
   except KeyboardInterrupt:
     message = "interrupted."
-  print(f"sedjax: {message}", file=sys.stderr)
+  print(message if message.startswith("sedjax") else f"sedjax: {message}", file=sys.stderr)
   return 1
 
 

@@ -30,6 +30,7 @@ _MANY_SPANS, _MANY_SEEDS = 12, 16
 _VECTORS = ("singular_values", "ratios")
 _USUAL_MOMENTUM = 0.9
 _NEEDED = ("gap_ratio", "null_ratio", "k_star", "phase", "status")
+_LONGEST = 50_000  # characters of an attribute
 _FIGURE_SIZES = ((8.4, 3.7), (4.1, 4.1))  # inches, for wide and for narrow screens
 
 
@@ -698,7 +699,7 @@ class _Page:
     return f"<h2>How far the sketch is to be trusted</h2>{picture}"
 
   def provenance_section(self) -> str:
-    rows = [[_e(key), _e(_short_text(value))] for key, value in self.attrs.items()]
+    rows = [[_e(key), _value(value)] for key, value in self.attrs.items()]
     lacking = [key for key in ("sketch", "every", "momentum", "source") if key not in self.attrs]
     text = f"<p>Not recorded: {_e(_list(lacking))}.</p>" if lacking else ""
     table = _table("What the record says about itself", ["Attribute", "Value"], rows, left=2) if rows else ""
@@ -819,6 +820,10 @@ class _Page:
     return None
 
 
-def _short_text(value: Any, most: int = 2000) -> str:
+def _value(value: Any) -> str:
+  """An attribute's text, as HTML: folded away where it is long, such as a list of all parameters."""
   text = ", ".join(map(str, value.tolist())) if isinstance(value, np.ndarray) and value.ndim else str(value)
-  return text if len(text) <= most else f"{text[:most]} … ({len(text):,} characters)"
+  if len(text) <= 300:
+    return _e(text)
+  shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+  return f"<details><summary>{len(text):,} characters: {_e(text[:60])} …</summary>{_e(shown)}</details>"

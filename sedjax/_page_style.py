@@ -50,7 +50,8 @@ th { font-weight: 500; }
 thead th { color: var(--soft); white-space: nowrap; background: var(--box); }
 .n { text-align: right; white-space: nowrap; }
 tbody th { min-width: 4rem; max-width: 16rem; overflow-wrap: break-word; }
-td { overflow-wrap: anywhere; min-width: 5.5rem; }
+td { overflow-wrap: anywhere; min-width: 5.5rem; white-space: pre-line; }
+summary { cursor: pointer; }
 dt { font-weight: 600; margin-top: .7rem; }
 dd { margin: 0; }
 :focus-visible { outline: 2px solid #0072b2; outline-offset: 2px; }

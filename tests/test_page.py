@@ -185,7 +185,7 @@ def test_bad_input_gets_one_sentence(make, args, said, tmp_path, capsys):
   assert main(["report", str(path), "-o", str(tmp_path / "report.html"), *args]) == 1
   err = capsys.readouterr().err
   assert said in err
-  assert err.startswith("sedjax: ")
+  assert err.startswith("sedjax")
   assert err.count("\n") == 1
   assert not (tmp_path / "report.html").exists()
 
