@@ -10,8 +10,8 @@ eighth of the disk free, analyses them, and deletes them. Each way runs in a pro
 - load all: the peers' way, all differences in memory as float32 and their N × N inner products; of as many checkpoints
   as fit into half of the memory that is free.
 
-Seconds are those of the work, compilation included, imports not. `peak_bytes` is the largest resident set. The numbers are
-compared with a float64 oracle, which reads the files by NumPy alone. The result goes to
+Seconds are those of the work, compilation included, imports not. `peak_bytes` is the largest resident set. The numbers
+are compared with a float64 oracle, which reads the files by NumPy alone. The result goes to
 `benchmarks/results/posthoc.json`; with `--smoke`, small and short, to `out/benchmarks/`.
 """
 

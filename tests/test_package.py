@@ -16,9 +16,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 MODULES = (
   "sedjax",
   "sedjax.core",
+  "sedjax.checkpoints",
+  "sedjax.plot",
   "sedjax.record",
   "sedjax.sinks",
   "sedjax.sketch",
+  "sedjax.__main__",
   "sedjax._transform",
   "sedjax._migrate",
   "sedjax._types",
