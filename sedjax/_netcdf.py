@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -103,6 +103,21 @@ def block_length(dtype: np.dtype, shape: tuple[int, ...]) -> int:
   return 2 ** min(LONGEST_CHUNK.bit_length() - 1, max(0, (BLOCK_BYTES // step_bytes).bit_length() - 1))
 
 
+def without_fields(path: Path, fields: Iterable[str]) -> xr.Dataset:
+  """The coordinates, series and events of a file, in memory: opening the rows' fields takes xarray most of a second."""
+  with h5netcdf.File(path, "r") as file:
+    names = [name for name in file.variables if name not in set(fields)]
+    variables = {name: (file[name].dimensions, _text(file[name][...]), dict(file[name].attrs)) for name in names}
+    return xr.Dataset(variables, attrs=dict(file.attrs))
+
+
+def _text(values: np.ndarray) -> np.ndarray:
+  """Text that HDF5 gives as bytes, decoded; other values as they are."""
+  if values.dtype != object:
+    return values
+  return np.asarray([value.decode() if isinstance(value, bytes) else value for value in values], object)
+
+
 class Parts(NamedTuple):
   """A record made of what is kept of the file, and the journal."""
 
@@ -185,8 +200,7 @@ def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None
   partial = path.with_name(path.name + ".partial")
   try:
     if path.exists():
-      with xr.open_dataset(path, engine="h5netcdf", drop_variables=rows.fields) as old:
-        parts = parts_of(old, contents)
+      parts = parts_of(without_fields(path, rows.fields), contents)
       shutil.copyfile(path, partial)
     else:
       parts = parts_of(empty, contents)

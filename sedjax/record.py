@@ -610,11 +610,13 @@ def _check_version(path: Path, version: int) -> None:
     )
 
 
-def _open_file(path: Path, without: Iterable[str] = ()) -> xr.Dataset:
+def _open_file(path: Path, *, fields: bool = True) -> xr.Dataset:
   import xarray as xr
 
+  from sedjax import _netcdf
+
   try:
-    found = xr.open_dataset(path, engine="h5netcdf", drop_variables=without)
+    found = xr.open_dataset(path, engine="h5netcdf") if fields else _netcdf.without_fields(path, FIELDS)
   except Exception as error:  # h5py raises errors of many kinds
     raise _cannot("read", path, error) from error
   if "record_version" not in found.attrs or not {*DIMS, "index"} <= set(found.dims):
@@ -630,7 +632,7 @@ def _existing_layout(path: Path, contents: _journal.Contents | None) -> dict[str
     return dict(contents.layout)
   if not path.exists():
     return None
-  with _open_file(path, without=FIELDS) as found:
+  with _open_file(path, fields=False) as found:
     names = {f"{name}s": found[name].values.tolist() for name in ("window", "group", "seed")}
     sketch_id = np.asarray(found.attrs["sketch_id"]).tolist() if "sketch_id" in found.attrs else None
   return {"format": _journal.FORMAT, "version": VERSION, **names, "sketch_id": sketch_id}
