@@ -52,6 +52,9 @@ class Contents(NamedTuple):
   end: int  # bytes of whole frames
 
 
+NOTHING = Contents({"attrs": {}}, [], {}, [], np.inf, {}, 0)
+
+
 def frame(kind: bytes, payload: bytes) -> bytes:
   """The bytes of a frame."""
   return _HEAD.pack(len(payload), zlib.crc32(payload, zlib.crc32(kind)), kind) + payload

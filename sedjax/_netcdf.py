@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -54,53 +54,76 @@ class Rows:
 
 
 class _Joined(BackendArray):
-  """A variable whose first `keep` steps are in the file and the others in the journal; reads what is asked for."""
+  """A field whose first `keep` steps are in the file and the others in the journal; reads what is asked for."""
 
-  def __init__(self, old: xr.Variable, keep: int, rows: Rows, name: str):
-    self.old, self.keep, self.rows, self.name = old, keep, rows, name
-    self.shape = (keep + len(rows), *old.shape[1:])
-    self.dtype = old.dtype
+  def __init__(self, stored: h5py.Dataset | None, keep: int, rows: Rows, name: str):
+    self.stored, self.keep, self.rows, self.name = stored, keep, rows, name
+    self.dtype, shape = rows.fields[name]
+    self.shape = (keep + len(rows), *shape)
 
   def __getitem__(self, key: Any) -> Any:
     return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._get)
 
   def _get(self, key: tuple[Any, ...]) -> np.ndarray:
-    at = np.atleast_1d(np.arange(self.shape[0])[key[0]])
-    others = dict(zip(self.old.dims[1:], key[1:], strict=True))
-    parts = []
-    if np.any(at < self.keep):
-      parts.append(self.old.isel({self.old.dims[0]: as_slice(at[at < self.keep]), **others}).values)
-    places = at[at >= self.keep] - self.keep
-    if not np.all(np.diff(at) > 0):  # in an order of its own: one by one
-      parts = [self._one(i, others) for i in at]
-      places = places[:0]
-    length = block_length(self.dtype, self.shape[1:])
-    for start in range(0, len(places), length):
-      block = self.rows.read(self.name, places[start : start + length])
-      parts.append(xr.Variable(self.old.dims, block).isel(others).values)
-    if not parts:
-      parts = [xr.Variable(self.old.dims, np.empty((0, *self.shape[1:]), self.dtype)).isel(others).values]
-    found = np.concatenate(parts)
-    return found[0] if np.ndim(key[0]) == 0 and not isinstance(key[0], slice) else found
-
-  def _one(self, at: int, others: Mapping[Any, Any]) -> np.ndarray:
-    if at < self.keep:
-      return self.old.isel({self.old.dims[0]: slice(at, at + 1), **others}).values
-    return xr.Variable(self.old.dims, self.rows.read(self.name, np.asarray([at - self.keep]))).isel(others).values
+    at, *others = (np.atleast_1d(np.arange(size)[k]) for size, k in zip(self.shape, key, strict=True))
+    boxes = [_box(wanted) for wanted in others]
+    slices, inside = [box for box, _ in boxes], [places for _, places in boxes]
+    found = np.empty((len(at), *map(len, others)), self.dtype)
+    block = at // block_length(self.dtype, self.shape[1:])
+    for number in np.unique(block):
+      here = np.flatnonzero((block == number) & (at < self.keep))
+      if len(here) and self.stored is not None:
+        steps, places = _box(at[here])
+        found[here] = self.stored[(steps, *slices)][np.ix_(places, *inside)]
+      here = np.flatnonzero((block == number) & (at >= self.keep))
+      if len(here):
+        values = self.rows.read(self.name, at[here] - self.keep)
+        found[here] = values[(slice(None), *slices)][np.ix_(np.arange(len(here)), *inside)]
+    return found[tuple(0 if np.ndim(k) == 0 and not isinstance(k, slice) else slice(None) for k in key)]
 
 
-def as_slice(at: np.ndarray) -> slice | np.ndarray:
-  """Ascending indices as a slice where they are evenly spaced: HDF5 reads slices much faster."""
-  gaps = np.diff(at)
-  if len(at) and np.all(gaps == gaps[:1]):
-    return slice(int(at[0]), int(at[-1]) + 1, int(gaps[0]) if len(gaps) else 1)
-  return at
+def _box(wanted: np.ndarray) -> tuple[slice, np.ndarray]:
+  """The slice of an axis that holds all indices, and where in it they are: HDF5 reads lists of indices slowly."""
+  if not wanted.size:
+    return slice(0, 0), wanted
+  gaps = np.diff(wanted)
+  step = int(gaps[0]) if len(gaps) and gaps[0] > 0 and np.all(gaps == gaps[0]) else 1
+  first = int(wanted.min())
+  return slice(first, int(wanted.max()) + 1, step), (wanted - first) // step
 
 
 def block_length(dtype: np.dtype, shape: tuple[int, ...]) -> int:
   """How many steps of a variable make a block; a power of two."""
   step_bytes = max(1, dtype.itemsize * int(np.prod(shape)))
   return 2 ** min(LONGEST_CHUNK.bit_length() - 1, max(0, (BLOCK_BYTES // step_bytes).bit_length() - 1))
+
+
+class Stored(NamedTuple):
+  """The NetCDF file, opened; `others` are its coordinates, series, events and attributes, in memory."""
+
+  file: h5py.File
+  others: xr.Dataset
+
+
+def open_stored(path: Path, fields: Iterable[str]) -> Stored:
+  """Opens a file. xarray would take most of a second to open the rows' fields."""
+  file = h5py.File(path, "r")
+  try:
+    seen = h5netcdf.File(file, "r")
+    variables = {}
+    for name in [name for name in seen.variables if name not in set(fields)]:
+      variables[name] = (seen[name].dimensions, _text(np.asarray(seen[name][...])), dict(seen[name].attrs))
+    return Stored(file, xr.Dataset(variables, attrs=dict(seen.attrs)))
+  except BaseException:
+    file.close()
+    raise
+
+
+def _text(values: np.ndarray) -> np.ndarray:
+  """Text that HDF5 gives as bytes, decoded; other values as they are."""
+  if values.dtype != object:
+    return values
+  return np.asarray([value.decode() if isinstance(value, bytes) else value for value in values], object)
 
 
 class Parts(NamedTuple):
@@ -160,16 +183,25 @@ def _added_variables(parts: Parts) -> dict[str, xr.Variable]:
   return added
 
 
-def joined(old: xr.Dataset, contents: Contents, rows: Rows) -> xr.Dataset:
-  """The record that the file and its journal make; the rows' fields are read where they are used."""
+def joined(stored: Stored | None, empty: xr.Dataset, contents: Contents, rows: Rows) -> xr.Dataset:
+  """The record that the file and its journal make; the fields are read where they are used.
+
+  Args:
+    stored: the file, or None where there is only a journal.
+    empty: a record of no steps, of the same layout.
+    contents, rows: the journal's.
+  """
+  old = empty if stored is None else stored.others
   parts = parts_of(old, contents)
   variables: dict[str, Any] = _added_variables(parts)
   for name in rows.fields:
-    lazy = indexing.LazilyIndexedArray(_Joined(old[name].variable, parts.keep, rows, name))
-    variables[name] = xr.Variable(old[name].dims, lazy, old[name].attrs)
+    values = None if stored is None else stored.file[name]
+    assert values is None or isinstance(values, h5py.Dataset)
+    lazy = indexing.LazilyIndexedArray(_Joined(values, parts.keep, rows, name))
+    variables[name] = xr.Variable(empty[name].dims, lazy, empty[name].attrs)
   steps = np.concatenate([old.step.values[: parts.keep], rows.steps])
-  coords = {name: old[name].variable for name in ("seed", "window", "group", "index")}
-  coords["step"] = xr.Variable("step", steps, old.step.attrs)
+  coords = {name: empty[name].variable for name in ("seed", "window", "group", "index")}
+  coords["step"] = xr.Variable("step", steps, empty.step.attrs)
   coords |= {name: variables.pop(name) for name in list(variables) if name.endswith("_step")}
   return xr.Dataset(variables, coords, parts.attrs)
 
@@ -185,8 +217,9 @@ def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None
   partial = path.with_name(path.name + ".partial")
   try:
     if path.exists():
-      with xr.open_dataset(path, engine="h5netcdf", drop_variables=rows.fields) as old:
-        parts = parts_of(old, contents)
+      stored = open_stored(path, rows.fields)
+      parts = parts_of(stored.others, contents)
+      stored.file.close()
       shutil.copyfile(path, partial)
     else:
       parts = parts_of(empty, contents)

@@ -37,6 +37,8 @@ from sedjax._types import VECTOR_FIELDS, Phase, Report, Status
 if TYPE_CHECKING:
   import xarray as xr
 
+  from sedjax import _netcdf
+
 VERSION = 1
 QUEUED = 256  # reports that may wait for the writer thread; then `append` waits for it
 DIMS = ("step", "seed", "window", "group")
@@ -539,21 +541,20 @@ def open_record(path: str | Path) -> xr.Dataset:
     raise _cannot("read", journal, error) from error
   if contents is not None:
     _check_version(journal, contents.layout["version"])
-  base = _open_file(path) if path.exists() else None
-  if file is None or contents is None:
-    if base is None:
-      missing = f"there is no record {path}" if file is None else f"the record {path} has no rows yet"
-      raise FileNotFoundError(f"sedjax.record: {missing}.")
-    return base
+  stored = _open_file(path) if path.exists() else None
+  if contents is None and stored is None:
+    missing = f"there is no record {path}" if file is None else f"the record {path} has no rows yet"
+    raise FileNotFoundError(f"sedjax.record: {missing}.")
   from sedjax import _netcdf
 
-  empty = _empty(contents.layout)
-  joined = _netcdf.joined(empty if base is None else base, contents, _rows(file, contents, empty))
+  contents = contents or _journal.NOTHING
+  empty = _empty({**_layout_of(stored), "attrs": {}} if stored else contents.layout)
+  joined = _netcdf.joined(stored, empty, contents, _rows(file, contents, empty))
 
   def close() -> None:
-    file.close()
-    if base is not None:
-      base.close()
+    for each in (file, stored.file if stored else None):
+      if each is not None:
+        each.close()
 
   joined.set_close(close)
   return joined
@@ -610,18 +611,31 @@ def _check_version(path: Path, version: int) -> None:
     )
 
 
-def _open_file(path: Path, without: Iterable[str] = ()) -> xr.Dataset:
-  import xarray as xr
+def _open_file(path: Path) -> _netcdf.Stored:
+  from sedjax import _netcdf
 
   try:
-    found = xr.open_dataset(path, engine="h5netcdf", drop_variables=without)
+    stored = _netcdf.open_stored(path, FIELDS)
   except Exception as error:  # h5py raises errors of many kinds
     raise _cannot("read", path, error) from error
-  if "record_version" not in found.attrs or not {*DIMS, "index"} <= set(found.dims):
-    found.close()
-    raise ValueError(f"sedjax.record: {path} is not a record.")
-  _check_version(path, int(found.attrs["record_version"]))
-  return found
+  attrs = stored.others.attrs
+  try:
+    _check_version(path, int(attrs.get("record_version", 0)))
+    if "record_version" not in attrs or not {*DIMS, "index"} <= set(stored.others.coords):
+      raise ValueError(f"sedjax.record: {path} is not a record.")
+    if missing := [name for name in FIELDS if name not in stored.file]:
+      raise ValueError(f"sedjax.record: {path} is not a whole record, it lacks {', '.join(missing)}.")
+  except BaseException:
+    stored.file.close()
+    raise
+  return stored
+
+
+def _layout_of(stored: _netcdf.Stored) -> dict[str, Any]:
+  found = stored.others
+  names = {f"{name}s": found[name].values.tolist() for name in ("window", "group", "seed")}
+  sketch_id = np.asarray(found.attrs["sketch_id"]).tolist() if "sketch_id" in found.attrs else None
+  return {"format": _journal.FORMAT, "version": VERSION, **names, "sketch_id": sketch_id}
 
 
 def _existing_layout(path: Path, contents: _journal.Contents | None) -> dict[str, Any] | None:
@@ -630,10 +644,9 @@ def _existing_layout(path: Path, contents: _journal.Contents | None) -> dict[str
     return dict(contents.layout)
   if not path.exists():
     return None
-  with _open_file(path, without=FIELDS) as found:
-    names = {f"{name}s": found[name].values.tolist() for name in ("window", "group", "seed")}
-    sketch_id = np.asarray(found.attrs["sketch_id"]).tolist() if "sketch_id" in found.attrs else None
-  return {"format": _journal.FORMAT, "version": VERSION, **names, "sketch_id": sketch_id}
+  stored = _open_file(path)
+  stored.file.close()
+  return _layout_of(stored)
 
 
 def _empty(layout: Mapping[str, Any]) -> xr.Dataset:
