@@ -145,10 +145,18 @@ class _Tracker:
     return report
 
 
+_SMALL = 2**18  # columns of tensors whose hashes are kept from checkpoint to checkpoint
+
+
+@functools.lru_cache(maxsize=4096)
+def _hashes(sketch: Any, path: str, shape: tuple[int, ...]) -> Any:
+  return jax.device_put(sketch.hashes(path, shape))
+
+
 def _add_leaf(sketch: Any, leaf: Leaf, array: np.ndarray, rows: np.ndarray) -> tuple[float, bool]:
   """Adds a leaf's sketch to its label's row; returns its rounding error, and whether it is finite."""
   shape = (2, *leaf.shape) if leaf.dtype.kind == "c" else leaf.shape
-  hashes = sketch.hashes(leaf.path, shape)
+  hashes = _hashes(sketch, leaf.path, shape) if leaf.shape[-1:] <= (_SMALL,) else sketch.hashes(leaf.path, shape)
   wide = leaf.dtype in (np.float64, np.complex128)
   with jax.enable_x64(True) if wide else contextlib.nullcontext():
     parts, error, peak = _leaf_row(sketch, leaf.axes, jax.device_put(array.reshape(leaf.info.shape)), hashes)
