@@ -292,6 +292,10 @@ def _list(items: Sequence[str], most: int = 8) -> str:
   return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
+def _all(seeds: int) -> str:
+  return "both seeds" if seeds == 2 else f"all {seeds} seeds"
+
+
 def _between(steps: Sequence[int]) -> str:
   low, high = min(steps), max(steps)
   return f"at step {low:,}" if low == high else f"between steps {low:,} and {high:,}"
@@ -439,7 +443,7 @@ class _Page:
     if not any(any_edge):
       said.append("No edge is seen: the gap ratio never leaves what noise of the same momentum shows.")
     elif risen:
-      where = f" in all {count} seeds" if len(risen) == count > 1 else f" in {len(risen)} of {count} seeds" if (
+      where = f" in {_all(count)}" if len(risen) == count > 1 else f" in {len(risen)} of {count} seeds" if (
         count > 1) else ""  # fmt: skip
       word = "first rises" if max(map(len, first)) > 1 else "rises"
       said.append(f"An edge {word} {_between(risen)}{where}.")
@@ -523,7 +527,7 @@ class _Page:
     same_phase = (self.phase == self.phase[:, :1]).all(1)[full].mean()
     edges = full & (self.gap > self.null).all(1)
     lines = [
-      f"All {len(self.seeds)} seeds are in one phase in {_percent(same_phase)} of the reports with full windows."
+      f"{_all(len(self.seeds)).capitalize()} are in one phase in {_percent(same_phase)} of the reports with full windows."
     ]
     if edges.any():
       same_k = (self.k_star == self.k_star[:, :1]).all(1)[edges].mean()
