@@ -4,8 +4,8 @@
 
 Two seeds of the transformer in `modular.py` grok addition modulo 97; the tracker watches the whole model, its blocks
 and its embeddings over three windows. In `out/pictures` there are then run.nc (the record, with the accuracies as
-series), the pictures that the README shows, and report.html. Takes three minutes or so on two CPU cores; `--smoke`
-takes a few steps only.
+series), the pictures that the README shows, and report.html. Takes some minutes on two CPU cores; `--smoke` takes a few
+steps only.
 """
 
 from __future__ import annotations

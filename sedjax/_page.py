@@ -87,12 +87,12 @@ def write_page(
   source: xr.Dataset, out: str | os.PathLike[str], *, name: str = "record", window: int | None = None, group: Any = None
 ) -> None:
   """Writes the page of a record; the file appears whole or not at all."""
-  text = make_page(source, name=name, window=window, group=group)
   target = Path(out)
+  # Made first, so that a place that cannot be written to is named before the record is read.
   handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
   try:
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-      file.write(text)
+      file.write(make_page(source, name=name, window=window, group=group))
     os.chmod(temporary, 0o644)
     os.replace(temporary, target)
   except BaseException:
@@ -264,6 +264,10 @@ def _list(items: Sequence[str], most: int = 8) -> str:
   return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
+def _all(seeds: int) -> str:
+  return "both seeds" if seeds == 2 else f"all {seeds} seeds"
+
+
 def _between(steps: Sequence[int]) -> str:
   low, high = min(steps), max(steps)
   return f"at step {low:,}" if low == high else f"between steps {low:,} and {high:,}"
@@ -411,7 +415,7 @@ class _Page:
     if not any(any_edge):
       said.append("No edge is seen: the gap ratio never leaves what noise of the same momentum shows.")
     elif risen:
-      where = f" in all {count} seeds" if len(risen) == count > 1 else f" in {len(risen)} of {count} seeds" if (
+      where = f" in {_all(count)}" if len(risen) == count > 1 else f" in {len(risen)} of {count} seeds" if (
         count > 1) else ""  # fmt: skip
       word = "first rises" if max(map(len, first)) > 1 else "rises"
       said.append(f"An edge {word} {_between(risen)}{where}.")
@@ -494,9 +498,8 @@ class _Page:
       return "<h3>Do the seeds agree?</h3><p>That cannot be said: there is no step at which all windows are full.</p>"
     same_phase = (self.phase == self.phase[:, :1]).all(1)[full].mean()
     edges = full & (self.gap > self.null).all(1)
-    lines = [
-      f"All {len(self.seeds)} seeds are in one phase in {_percent(same_phase)} of the reports with full windows."
-    ]
+    who = _all(len(self.seeds)).capitalize()
+    lines = [f"{who} are in one phase in {_percent(same_phase)} of the reports with full windows."]
     if edges.any():
       same_k = (self.k_star == self.k_star[:, :1]).all(1)[edges].mean()
       lines.append(f"Where all exceed noise, they agree on k* in {_percent(same_k)}.")

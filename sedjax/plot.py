@@ -537,7 +537,7 @@ def _log_ticks(axis: Any, low: float, high: float) -> None:
   if len(ticks) < 3:
     ticks = [tick for tick in ticker.MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
   axis.set_major_locator(ticker.FixedLocator(ticks[:: -(-len(ticks) // 8)]))
-  axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.4g}" if 1e-3 <= x < 1e6 else f"{x:.3g}"))
+  axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.10g}" if 1e-3 <= x < 1e6 else f"{x:.3g}"))
   axis.set_minor_locator(ticker.NullLocator())
 
 
