@@ -14,7 +14,7 @@ import planted
 import pytest
 import xarray as xr
 
-from sedjax import _page, record
+from sedjax import _page
 from sedjax.__main__ import main
 from sedjax._types import Status
 
@@ -275,11 +275,3 @@ def test_in_a_browser(folder, size):
 class Quiet(http.server.SimpleHTTPRequestHandler):
   def log_message(self, *args):
     del args
-
-
-def test_plain_record_is_opened_without_a_version(made, tmp_path):
-  del (other := made.copy()).attrs["record_version"]
-  other.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
-  with _page.open_record(tmp_path / "run.nc") as found:
-    assert found.sizes["step"] == planted.ROWS
-  assert record.VERSION == 1
