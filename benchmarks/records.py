@@ -148,7 +148,7 @@ def main(argv: list[str]) -> None:
   print(text)
   if not args.smoke:
     file = ROOT / "benchmarks" / "results" / "records.json"
-    file.write_text(text)
+    file.write_text(text + "\n")
     print(f"Wrote {file}.")
 
 
