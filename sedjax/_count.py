@@ -178,6 +178,15 @@ def _zero_of(x: jax.Array) -> jax.Array:
   return (_as_uint(x[(0,) * x.ndim]) << 1) & np.uint32(1) if x.size else jnp.uint32(0)
 
 
+def _shared_zero_of(x: jax.Array) -> jax.Array:
+  """`_zero_of`, and one for all under vmap, where a place of its own for each would make scatters of slices."""
+  return _first_zero_of(lax.stop_gradient(x))
+
+
+_first_zero_of = jax.custom_batching.custom_vmap(_zero_of)
+_first_zero_of.def_vmap(lambda axis_size, in_batched, x: (_first_zero_of(x[0]), False))  # noqa: ARG005
+
+
 def later_than(x: jax.Array, other: jax.Array) -> jax.Array:
   """x (float32) unchanged, but on paper dependent on `other` (float32)."""
   return lax.bitcast_convert_type(_as_uint(x) ^ _zero_of(other), jnp.float32)
@@ -198,14 +207,16 @@ def part_of(x: jax.Array, part: int | None, grid: Any) -> jax.Array:
   return (x - coarse if part else coarse).astype(jnp.float32)
 
 
-def _add_flat(row: jax.Array, flat: jax.Array, offset: int) -> jax.Array:
-  """Adds `flat` to `row` from `offset` on, around its end as often as need be."""
+def _add_flat(row: jax.Array, flat: jax.Array, offset: int, zero: jax.Array) -> jax.Array:
+  """Adds `flat` to `row` from `offset` on, around its end as often as need be; `zero` is one that XLA does not know."""
   done = 0
   while done < flat.size:
     at = (offset + done) % row.size
     size = min(row.size - at, flat.size - done)
-    new = lax.slice(row, (at,), (at + size,)) + lax.slice(flat, (done,), (done + size,))
-    row = lax.dynamic_update_slice(row, new, (at,))
+    # Where it knows the place XLA writes a new row; a slice that is read and written at an unknown place stays there.
+    place = lax.bitcast_convert_type(np.uint32(at) + zero, jnp.int32)
+    new = lax.dynamic_slice(row, (place,), (size,)) + lax.slice(flat, (done,), (done + size,))
+    row = lax.dynamic_update_slice(row, new, (place,))
     done += size
   return row
 
@@ -234,9 +245,9 @@ def _strided_sums(
 
 @functools.partial(jax.jit, static_argnames=("row", "count", "plan", "part"))  # leaves of one shape are traced once
 def _block_sums(
-  x: Any, keys: Any, columns: Any, grid: Any, *, row: int, count: int, plan: _Plan, part: int | None
+  x: Any, keys: Any, columns: Any, grid: Any, zero: Any, *, row: int, count: int, plan: _Plan, part: int | None
 ) -> jax.Array:
-  """float32[min(count, g), n]: sums of `count` buckets' worth of rows from `row` on, which falls into bucket 0."""
+  """float32[min(count, g) * n]: sums of `count` buckets' worth of rows from `row` on, which falls into bucket 0."""
   # XLA repeats what is done to every slice in the kernel up to 15 times; more often, it would store the whole leaf.
   stride = min(_STRIDE if part in (None, WIDE) and x.dtype == jnp.float32 else _STRIDE // 2, plan.per_bucket)
   per_bucket = plan.per_bucket // stride
@@ -244,12 +255,17 @@ def _block_sums(
   last = -(-(row + count * plan.per_bucket) // _HASH_ROWS)
   keys = jnp.broadcast_to(lax.slice(keys, (first,), (last,))[:, None], (last - first, _HASH_ROWS // stride))
   keys = keys.reshape(-1)[: count * per_bucket]
-  sums = _strided_sums(x, row, count * per_bucket, keys, columns, stride, part, grid)
+
+  def kernel() -> jax.Array:
+    return _strided_sums(x, row, count * per_bucket, keys, columns, stride, part, grid)
+
+  # A branch that is always taken keeps XLA from making the sums where they are used, index by index of a flat array.
+  sums = lax.cond(zero == 0, kernel, lambda: jnp.zeros((count * per_bucket, x.shape[1]), _dtype(part)))
   sums = sums.reshape(count, per_bucket, x.shape[1]).sum(1) if per_bucket > 1 else sums
-  if count <= plan.buckets:
-    return sums
-  sums = lax.pad(sums, sums.dtype.type(0), ((0, -count % plan.buckets, 0), (0, 0, 0)))
-  return sums.reshape(-1, plan.buckets, x.shape[1]).sum(0)
+  # Laps are added slice by slice: XLA hands sums over the leading axis to a library that is slow where they are long.
+  flat, lap = sums.reshape(-1), plan.buckets * x.shape[1]
+  flat = lax.pad(flat, flat.dtype.type(0), ((0, -flat.size % lap if flat.size > lap else 0, 0),))
+  return functools.reduce(jnp.add, (flat[at : at + lap] for at in range(0, flat.size, lap)))
 
 
 def _last_rows(x: jax.Array, row: int, keys: Any, columns: Any, part: Any, grid: Any) -> jax.Array:
@@ -262,7 +278,8 @@ def _last_rows(x: jax.Array, row: int, keys: Any, columns: Any, part: Any, grid:
 class _Rows:
   """Rows under construction; starts new work only after earlier work is done, to bound what is alive."""
 
-  def __init__(self, labels: int, dim: int, dtype: Any = jnp.float32):
+  def __init__(self, labels: int, dim: int, zero: jax.Array, dtype: Any = jnp.float32):
+    self.zero = zero
     self.rows = [jnp.zeros((dim,), dtype) for _ in range(labels)]
     self._alive = 0
     self._last: jax.Array | None = None
@@ -271,13 +288,13 @@ class _Rows:
   def after_earlier_work(self, keys: Any, size: int) -> Any:
     """`keys`, unchanged, but on paper dependent on earlier rows when `size` more numbers would be too many alive."""
     if self._alive + size > _ALIVE and self._last is not None:
-      self._wait = _zero_of(self._last.astype(jnp.float32))
+      self._wait = _shared_zero_of(self._last.astype(jnp.float32))
       self._alive, self._last = 0, None
     self._alive += size
     return keys ^ self._wait
 
   def add(self, group: int, flat: jax.Array, offset: int) -> None:
-    self.rows[group] = self._last = _add_flat(self.rows[group], flat, offset)
+    self.rows[group] = self._last = _add_flat(self.rows[group], flat, offset, self.zero)
 
 
 def _add_strided(rows: _Rows, group: int, piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> None:
@@ -304,8 +321,8 @@ def _add_strided(rows: _Rows, group: int, piece: Piece, dim: int, seed: int, par
     count = min(most, whole - done)
     row = done * plan.per_bucket
     waiting = rows.after_earlier_work(keys, 2 * count * plan.columns * max(1, plan.per_bucket // _STRIDE))
-    sums = _block_sums(x, waiting, columns, grid, row=row, count=count, plan=shared, part=part)
-    rows.add(group, sums.reshape(-1), plan.offset)
+    sums = _block_sums(x, waiting, columns, grid, rows.zero, row=row, count=count, plan=shared, part=part)
+    rows.add(group, sums, plan.offset)
     done += count
   if whole * plan.per_bucket < plan.rows:
     sums = _last_rows(x, whole * plan.per_bucket, keys, columns, part, grid)
@@ -428,7 +445,8 @@ def count_rows(
   grid = jnp.float32(1) if grid is None else grid
 
   def strided(arrays: list[jax.Array], grid: Any) -> list[jax.Array]:
-    rows = _Rows(labels, dim, _dtype(part))
+    first = arrays[0][(0,) * arrays[0].ndim] if arrays else grid
+    rows = _Rows(labels, dim, _shared_zero_of(first.astype(jnp.float32)), _dtype(part))
     for piece, group, array in zip(pieces, groups, arrays, strict=True):
       _add_strided(rows, group, piece._replace(array=array), dim, seed, part, grid)
     return rows.rows

@@ -281,7 +281,7 @@ class TorchReader(Reader):
 
   def _load(self) -> None:
     with _told_as("PyTorch file"):
-      import torch
+      import torch  # pyright: ignore[reportMissingImports]
 
       with open(self._path, "rb") as file:
         mappable = file.read(4) == b"PK\x03\x04"
@@ -326,7 +326,7 @@ class TorchReader(Reader):
 
 
 def _torch_info(tensor: Any, why_not: str) -> TensorInfo:
-  import torch
+  import torch  # pyright: ignore[reportMissingImports]
 
   shape = tuple(tensor.shape)
   if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
@@ -348,7 +348,7 @@ def _torch_dtype(dtype: Any) -> np.dtype | None:
 
 
 def _torch_array(flat: Any) -> np.ndarray:
-  import torch
+  import torch  # pyright: ignore[reportMissingImports]
 
   dtype = _torch_dtype(flat.dtype)
   if str(flat.dtype).removeprefix("torch.") == str(dtype) and dtype is not None and dtype.kind in "fciub":

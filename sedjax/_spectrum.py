@@ -14,7 +14,7 @@ from sedjax._types import Report, Status
 
 # float32 inner products do not resolve smaller singular values than this share of the largest.
 FLOOR = np.float32(1 / 300)
-_LOW_DIM = 2000
+LOW_DIM = 2000
 # A runner-up within so many standard errors of the winner makes the edge ambiguous.
 _Z = np.float32(3.0)
 
@@ -145,7 +145,7 @@ def report_window(
   bits = (
     jnp.where(full, 0, int(Status.WINDOW_FILLING))
     + jnp.where(usable & (sigma[:, -1] < sigma[:, 0] * FLOOR), int(Status.BELOW_FLOOR), 0)
-    + jnp.where(some & (dims < _LOW_DIM) & (not exact), int(Status.LOW_EFFECTIVE_DIM), 0)
+    + jnp.where(some & (dims < LOW_DIM) & (not exact), int(Status.LOW_EFFECTIVE_DIM), 0)
     + jnp.where(partial, int(Status.PARTIAL_ROW), 0)
   )
   groups = sigma.shape[0]

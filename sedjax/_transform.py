@@ -114,7 +114,8 @@ def track_spectral_edge(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _find(state: Any, name: str | None) -> core.TrackerState:
+def find_tracker(state: Any, name: str | None) -> core.TrackerState:
+  """The tracker's state in an optimizer state."""
   nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SpectralEdgeState))
   found = [item for node in nodes if isinstance(node, SpectralEdgeState) for item in node.trackers.items()]
   names = [item[0] for item in found]
@@ -159,7 +160,7 @@ def get_report(
     >>> sedjax.get_report(state, group="head", window=3).singular_values.shape
     (3,)
   """
-  return core.report(_find(state, name), group=group, window=window)
+  return core.report(find_tracker(state, name), group=group, window=window)
 
 
 def get_reports(state: Any, *, name: str | None = None) -> Report:
@@ -182,7 +183,7 @@ def get_reports(state: Any, *, name: str | None = None) -> Report:
     >>> sedjax.get_reports(state).singular_values.shape
     (1, 2, 5)
   """
-  return core.reports(_find(state, name))
+  return core.reports(find_tracker(state, name))
 
 
 def get_history(
@@ -207,4 +208,4 @@ def get_history(
     >>> sedjax.get_history(state).count.tolist()
     [0, 1]
   """
-  return core.history(_find(state, name), group=group, window=window)
+  return core.history(find_tracker(state, name), group=group, window=window)

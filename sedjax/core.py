@@ -57,8 +57,8 @@ def _empty_report(window: int, lead: tuple[int, ...]) -> Report:
   return Report(**fields)._replace(status=jnp.full(lead, int(Status.WINDOW_FILLING), jnp.int32))
 
 
-def _map_id(config: Config, layout: Layout) -> np.ndarray:
-  return np.asarray((*config.sketch.sketch_id, tree_id(layout)), np.int32)
+def _map_id(config: Config, layout: Layout) -> tuple[int, ...]:
+  return (*config.sketch.sketch_id, tree_id(layout))
 
 
 def init(config: Config, params: Any, specs: Mapping[str, Spec] | None = None) -> TrackerState:
@@ -77,29 +77,44 @@ def init(config: Config, params: Any, specs: Mapping[str, Spec] | None = None) -
   """
   layout = layout_of(params, config.groups, specs)
   named = layout.labels if config.groups is not None else ()
-  slots, groups = config.slots, 1 + len(named)
-  parts = Parts(
-    rows=zero_rows(config, layout, params, slots),
+  flags = int(Status.UNTRACKED) if None in layout.group else 0
+  labels = tuple(tuple(encode_label(name).tolist()) for name in ("", *named))
+  state = _first_state(config.windows, config.history, config.exact, labels, flags, _map_id(config, layout))
+  return state._replace(
+    rows=zero_rows(config, layout, params, config.slots),
     base=zero_rows(config, layout, params, 1 if config.exact else 2) if config.source == "params" else (),
+  )
+
+
+# Compiled as a whole: outside of jit, the thirty small operations are compiled one by one for every mesh.
+@functools.partial(jax.jit, static_argnums=range(6))
+def _first_state(
+  windows: tuple[int, ...],
+  history: int,
+  exact: bool,
+  labels: tuple[tuple[int, ...], ...],
+  flags: int,
+  map_id: tuple[int, ...],
+) -> TrackerState:
+  """A state without rows."""
+  slots, groups = max(windows) + 1, len(labels)
+  zero = functools.partial(_zeros, (), jnp.int32)
+  parts = Parts(
+    rows=(),
+    base=(),
     facts=Rows(
-      _zeros((2 if config.exact else 1, groups, slots, slots)),
+      _zeros((2 if exact else 1, groups, slots, slots)),
       _zeros((groups, slots)),
       _zeros((groups, slots)),
       _zeros((slots,), jnp.int32),
     ),
-    cursor=_zeros((), jnp.int32),
-    pushed=_zeros((), jnp.int32),
-    filled=_zeros((), jnp.int32),
-    elapsed=_zeros((), jnp.int32),
-    nonfinite=_zeros((), jnp.int32),
-    zero=_zeros((), jnp.int32),
-    flags=jnp.full((), int(Status.UNTRACKED) if None in layout.group else 0, jnp.int32),
-    windows=tuple(WindowState(init_phase(groups), _zeros((groups, slots))) for _ in config.windows),
-    reports=tuple(_empty_report(w, (groups,)) for w in config.windows),
-    history=tuple(_empty_report(w, (config.history, groups)) for w in config.windows if config.history),
-    # Added to zeros, which carry the current mesh in their types and share no memory with NumPy.
-    labels=_zeros((groups, LABEL_WORDS), jnp.int32) + np.stack([encode_label(label) for label in ("", *named)]),
-    map_id=_zeros((5,), jnp.int32) + _map_id(config, layout),
+    **dict.fromkeys(("cursor", "pushed", "filled", "elapsed", "nonfinite", "zero"), zero()),
+    flags=zero() + flags,
+    windows=tuple(WindowState(init_phase(groups), _zeros((groups, slots))) for _ in windows),
+    reports=tuple(_empty_report(w, (groups,)) for w in windows),
+    history=tuple(_empty_report(w, (history, groups)) for w in windows if history),
+    labels=_zeros((groups, LABEL_WORDS), jnp.int32) + np.asarray(labels, np.int32),
+    map_id=zero() + np.asarray(map_id, np.int32),
   )
   return pack(parts)
 
@@ -351,7 +366,7 @@ def _enter_pair(config: Config, state: TrackerState, pair: Any, scale: Any, dims
 
 def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState) -> Parts:
   """Refuses a state that another sketch, tree or configuration made; flags what cannot be known while tracing."""
-  expected, traced = _map_id(config, layout), isinstance(state.counters, Tracer)
+  expected, traced = np.asarray(_map_id(config, layout), np.int32), isinstance(state.counters, Tracer)
   if not traced:
     found = np.asarray(map_id_of(state))
     if found[4] != expected[4]:
@@ -484,3 +499,21 @@ def _history(state: TrackerState, window: int, group: Any) -> Report:
     return jnp.take_along_axis(field, order, -1)
 
   return Report(*(by_age(name, field) for name, field in zip(Report._fields, ring, strict=True)))
+
+
+def identity(state: TrackerState) -> tuple[jax.Array, jax.Array]:
+  """The groups' names (int32[..., G, 16], see `group_names`) and the map's id (int32[..., 5]), in new arrays.
+
+  The state's own may be donated to the next step.
+  """
+  return _identity(_without_rows(state))
+
+
+@jax.jit
+def _identity(state: TrackerState) -> tuple[jax.Array, jax.Array]:
+  return jnp.copy(state.labels), jnp.copy(map_id_of(state))
+
+
+def group_names(labels: Any) -> tuple[str, ...]:
+  """The text of the groups' names; "" is the whole model."""
+  return tuple(decode_label(words) for words in np.asarray(labels).reshape(-1, *np.shape(labels)[-2:])[0])

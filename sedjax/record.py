@@ -1,5 +1,7 @@
 """Records: everything that trackers report, as one labelled `xarray.Dataset` (extra `io`).
 
+`Recorder` writes one while a run goes on, `open_record` reads it, `to_dataset` makes one of reports in memory.
+
 A record has the dimensions step, seed, window, group and index. Each field of a `Report` is a variable over them;
 `singular_values` and `ratios` also over `index`, the 1-based place k, with NaN where a window has no such place. The
 group "all" is the whole model. What the user adds has steps of its own: a series `name` lies on the dimension
@@ -8,18 +10,37 @@ group "all" is the whole model. What the user adds has steps of its own: a serie
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import datetime
 import enum
-from collections.abc import Mapping, Sequence
+import functools
+import importlib.metadata
+import json
+import operator
+import queue
+import shlex
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
+from jax.core import Tracer
 
+from sedjax import _journal, core
+from sedjax._transform import find_tracker
 from sedjax._types import VECTOR_FIELDS, Phase, Report, Status
 
 if TYPE_CHECKING:
   import xarray as xr
 
+  from sedjax import _netcdf
+
 VERSION = 1
+QUEUED = 256  # reports that may wait for the writer thread; then `append` waits for it
 DIMS = ("step", "seed", "window", "group")
 WHOLE = "all"
 LENGTH = "parameter units"
@@ -88,8 +109,25 @@ def to_dataset(
     raise ValueError(f"sedjax.record: steps must be one-dimensional and ascend, got {steps}.")
   sizes = {"step": len(at), "seed": len(seeds), "window": len(windows), "group": len(groups)}
   index = np.arange(1, max(windows) + 1)
-  last = {"singular_values": np.asarray(windows), "ratios": np.asarray(windows) - 1}
   variables = {}
+  for name, values in arrange(reports, sizes, windows).items():
+    dims = (*DIMS, "index") if name in VECTOR_FIELDS else DIMS
+    variables[name] = (dims, values, attributes(name))
+  coords = {
+    "step": ("step", at, {"long_name": "optimizer step", "units": "steps"}),
+    "seed": ("seed", np.asarray(seeds)),
+    "window": ("window", np.asarray(windows, np.int64), {"long_name": "window", "units": "rows"}),
+    "group": ("group", np.asarray(groups, object)),
+    "index": ("index", index, {"long_name": "place k in the spectrum", "units": "1"}),
+  }
+  return xr.Dataset(variables, coords, {"record_version": VERSION, **(attrs or {})})
+
+
+def arrange(reports: Report, sizes: Mapping[str, int], windows: Sequence[int]) -> dict[str, np.ndarray]:
+  """Fields as a record has them, [step, seed, window, group] or also [index], from those that `to_dataset` takes."""
+  index = np.arange(1, max(windows) + 1)
+  last = {"singular_values": np.asarray(windows), "ratios": np.asarray(windows) - 1}
+  arranged = {}
   for name, field in zip(Report._fields, reports, strict=True):
     values = np.asarray(field)
     vector = name in VECTOR_FIELDS
@@ -105,15 +143,8 @@ def to_dataset(
     if vector:
       values = np.pad(values, [(0, 0)] * 4 + [(0, len(index) - values.shape[4])])
       values = np.where((index <= last[name][:, None])[:, None, :], values, np.float32(np.nan))
-    variables[name] = ((*DIMS, "index") if vector else DIMS, values, attributes(name))
-  coords = {
-    "step": ("step", at, {"long_name": "optimizer step", "units": "steps"}),
-    "seed": ("seed", np.asarray(seeds)),
-    "window": ("window", np.asarray(windows, np.int64), {"long_name": "window", "units": "rows"}),
-    "group": ("group", np.asarray(groups, object)),
-    "index": ("index", index, {"long_name": "place k in the spectrum", "units": "1"}),
-  }
-  return xr.Dataset(variables, coords, {"record_version": VERSION, **(attrs or {})})
+    arranged[name] = values
+  return arranged
 
 
 def attributes(name: str) -> dict[str, Any]:
@@ -130,3 +161,556 @@ def attributes(name: str) -> dict[str, Any]:
 def _flags(kind: str, members: type[enum.IntEnum] | type[enum.IntFlag]) -> dict[str, Any]:
   names = {member.value: name.lower() for name, member in members.__members__.items()}
   return {kind: list(names), "flag_meanings": " ".join(names.values())}
+
+
+class Recorder:
+  """Writes a record while a run goes on.
+
+  A thread of its own fetches from the device and writes, so that training does not wait. Everything goes to a journal
+  beside the file, `<path>.journal`; `close` makes the NetCDF file of it, and `open_record` reads both. A process that
+  is killed, or a disk that is full, leaves all that was written before readable.
+
+  A record that exists is continued. Where the run goes back to a checkpoint, what was recorded at or after the first
+  step that is appended again is replaced: rows, series and events. A series is replaced likewise from the first step at
+  which it is logged again. Attributes are those of the newest session; `created` stays.
+
+  Args:
+    path: of the file, "run.nc".
+    tracker: the keyword arguments that `track_spectral_edge` was given; kept as attributes.
+    windows: needed only where reports, and not states, are appended: the tracker's windows, ascending.
+    groups: likewise, the groups' names, the first the whole model.
+    seeds: names of the seeds of a vmapped state, ints or strings; None for 0, 1, ….
+    attrs: further attributes: text, numbers or lists of numbers.
+    sinks: each is called in the writer thread as `sink(step, scalars)`, with a dict of floats by name, and
+      `sink.close()` at the end; see `sedjax.sinks`. Series come with the steps at which they are logged.
+    name: of the tracker, where the state holds several.
+
+  Raises:
+    ValueError: the arguments are out of range, or the record is newer than this library, no record, or being written by
+      another Recorder. What the writer thread finds out is raised by the next call as a RuntimeError: a full disk, a
+      failing sink, a record of other windows, groups, seeds or another sketch.
+
+  Cost: `append` dispatches one small compiled program. A row takes about 4·(2·W + 17) bytes for each seed, window and
+    group, W being the largest window; up to 256 rows wait in memory. `close` writes the whole record anew.
+
+  Example:
+    >>> import jax.numpy as jnp, sedjax, sedjax.record, tempfile
+    >>> options = dict(window=3, momentum=0.9)
+    >>> tx = sedjax.track_spectral_edge(**options)
+    >>> params = {"w": jnp.ones(3)}
+    >>> state, path = tx.init(params), tempfile.mkdtemp() + "/run.nc"
+    >>> with sedjax.record.Recorder(path, tracker=options) as recorder:
+    ...   for step in range(1, 4):
+    ...     _, state = tx.update(params, state)
+    ...     recorder.append(step, state)
+    ...   recorder.log(3, validation_loss=0.5)
+    ...   recorder.event(3, "end")
+    >>> record = sedjax.record.open_record(path)
+    >>> record["count"].values.ravel().tolist(), record.validation_loss.values.tolist()
+    ([1, 2, 3], [0.5])
+  """
+
+  def __init__(
+    self,
+    path: str | Path,
+    *,
+    tracker: Mapping[str, Any] | None = None,
+    windows: Sequence[int] | None = None,
+    groups: Sequence[str] | None = None,
+    seeds: Sequence[int] | Sequence[str] | None = None,
+    attrs: Mapping[str, Any] | None = None,
+    sinks: Iterable[Callable[[int, dict[str, float]], None]] = (),
+    name: str | None = None,
+  ):
+    _needs_io()
+    self.path = Path(path)
+    self._config = core.Config(**{k: v for k, v in (tracker or {}).items() if k not in ("name", "axis_name")})
+    self._tracked = tracker is not None
+    self._name = name if name is not None else (tracker or {}).get("name")
+    self._seeds = None if seeds is None else np.asarray(seeds).tolist()
+    self._given = None if windows is None else (list(map(int, windows)), list(groups or [WHOLE]))
+    self._attrs, self._sinks = dict(attrs or {}), tuple(sinks)
+    try:
+      self._journal = _journal.Journal(_journal_of(self.path))
+    except (OSError, ValueError) as error:
+      raise _cannot("write", self.path, error) from error
+    try:
+      self._layout = _existing_layout(self.path, self._journal.found)  # None until there is one
+    except BaseException:
+      self._journal.close()
+      raise
+    self._begun = self._checked = False  # this session's frame is written; its layout agrees with the record's
+    self._held: list[bytes] = []  # what was logged before the first row of a new record
+    self._shape: tuple[int, ...] | None = None
+    self._last: dict[str, int] = {}  # steps, by kind
+    self._error: tuple[str, BaseException] | None = None
+    self._closed = False
+    self._jobs: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue(QUEUED)
+    self._thread = threading.Thread(target=self._work, name="sedjax record", daemon=True)
+    self._thread.start()
+    atexit.register(self.close)
+
+  def append(self, step: int, state: Any) -> None:
+    """Records the newest reports, of all groups and windows.
+
+    Args:
+      step: the optimizer step; steps ascend.
+      state: an optimizer state that holds a tracker, or a tracker's state of the core, vmapped over seeds or not; or a
+        `Report` as `get_reports` returns it. Its arrays may be donated afterwards.
+
+    Raises:
+      ValueError: steps do not ascend, no tracker in the state, shapes other than before, or a traced state.
+      RuntimeError: an earlier row could not be written.
+    """
+    step = self._next("append", step)
+    identity, windows = None, None
+    if isinstance(state, Report):
+      if self._given is None:
+        raise ValueError("sedjax.record: to append a Report, pass windows=… and groups=… to Recorder.")
+      report = state
+    else:
+      tracker = state if isinstance(state, core.TrackerState) else find_tracker(state, self._name)
+      report, windows = core.reports(tracker), core.window_sizes(tracker)
+      if self._shape is None:
+        identity = core.identity(tracker)
+    if any(isinstance(field, Tracer) for field in report):
+      raise ValueError(
+        "sedjax.record: append was called inside jit; call it outside, with the state that jit returned."
+      )
+    self._check_shape(np.shape(report.k_star), windows)
+    self._last["append"] = step
+    self._put(f"step {step}", functools.partial(self._write_row, step, report, identity, windows))
+
+  def log(self, step: int, **scalars: Any) -> None:
+    """Records values of the user's own, each name a series with steps of its own.
+
+    Args:
+      step: the optimizer step; those of a series ascend.
+      **scalars: numbers or arrays over seeds, on the device or not. A series has one of the two shapes throughout.
+
+    Raises:
+      ValueError: a name that the record uses, steps that do not ascend, or values that are neither.
+      RuntimeError: something recorded earlier could not be written.
+    """
+    for name, value in scalars.items():
+      if not name.isidentifier() or name.endswith("_step") or name in {*FIELDS, *DIMS, "index", "event"}:
+        raise ValueError(f"sedjax.record: a series cannot be named {name!r}; the record uses that name.")
+      if np.ndim(value) > 1 or (not isinstance(value, jax.Array) and np.asarray(value).dtype.kind not in "biuf"):
+        raise ValueError(f"sedjax.record: {name} must be a number or an array over seeds, got {type(value).__name__}.")
+    for name in scalars:
+      step = self._next(f"log {name}", step)
+    if scalars:
+      self._last |= {f"log {name}": step for name in scalars}
+      self._put(f"the series of step {step}", functools.partial(self._write_series, step, scalars))
+
+  def event(self, step: int, text: str) -> None:
+    """Records that something happened, such as a shift of the data.
+
+    Raises:
+      RuntimeError: something recorded earlier could not be written.
+    """
+    self._raise()
+    payload = _journal.note_payload(_step_of(step), {"event": str(text)})
+    self._put(f"the event of step {step}", functools.partial(self._write_note, payload))
+
+  def flush(self) -> None:
+    """Returns when all that was recorded is on disk (a new record begins with its first row).
+
+    Raises:
+      RuntimeError: something could not be written.
+    """
+    self._raise()
+    self._jobs.join()
+    self._raise()
+    self._journal.sync()
+
+  def close(self) -> None:
+    """Writes what is left and makes the NetCDF file; the journal is then gone.
+
+    Raises:
+      RuntimeError: something could not be written. What was written before stays readable, in the journal.
+    """
+    if self._closed:
+      return
+    self._closed = True
+    atexit.unregister(self.close)
+    self._jobs.put(None)
+    self._thread.join()
+    try:
+      if self._error is None:
+        self._finish()
+    finally:
+      self._journal.close()
+      for sink in self._sinks:
+        if hasattr(sink, "close"):
+          sink.close()  # pyright: ignore[reportFunctionMemberAccess]
+    self._raise()
+
+  def __enter__(self) -> Recorder:
+    return self
+
+  def __exit__(self, kind: Any, *_: object) -> None:
+    with contextlib.suppress(*([Exception] if kind else [])):  # the first error is the one to see
+      self.close()
+
+  # ---- on the caller's thread ----
+
+  def _raise(self) -> None:
+    if self._error is not None:
+      what, error = self._error
+      why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+      raise RuntimeError(
+        f"sedjax.record: {what} could not be written to {self.path} ({why}); what was recorded before stays readable."
+      ) from error
+
+  def _next(self, kind: str, step: Any) -> int:
+    self._raise()
+    step = _step_of(step)
+    if step <= self._last.get(kind, -1):
+      raise ValueError(f"sedjax.record: steps must ascend, {kind} got {step} after {self._last[kind]}.")
+    return step
+
+  def _check_shape(self, shape: tuple[int, ...], windows: tuple[int, ...] | None) -> None:
+    if self._shape is None:
+      seeds = shape[0] if len(shape) == 3 else 1
+      if len(shape) not in (2, 3):
+        raise ValueError(
+          f"sedjax.record: reports must be [group, window] or [seed, group, window], got the shape {shape}."
+        )
+      if self._seeds is not None and len(self._seeds) != seeds:
+        raise ValueError(f"sedjax.record: the state holds {seeds} seeds, but seeds={self._seeds} names others.")
+      if self._given is not None and shape[-2:] != (len(self._given[1]), len(self._given[0])):
+        raise ValueError(f"sedjax.record: reports of shape {shape} do not fit the groups and windows {self._given}.")
+      if windows is not None and self._tracked and windows != self._config.windows:
+        raise ValueError(
+          f"sedjax.record: the state's windows are {windows}, tracker= says {self._config.windows}; pass the arguments "
+          "that track_spectral_edge was given."
+        )
+      self._shape = shape
+    if shape != self._shape:
+      raise ValueError(f"sedjax.record: the reports' shape was {self._shape} and is now {shape}.")
+
+  def _put(self, what: str, job: Callable[[], None]) -> None:
+    if self._closed:
+      raise ValueError(f"sedjax.record: the recorder of {self.path} is closed.")
+    self._jobs.put((what, job))
+
+  # ---- on the writer thread ----
+
+  def _work(self) -> None:
+    while (item := self._jobs.get()) is not None:
+      what, job = item
+      try:
+        if self._error is None:  # after an error what still comes is dropped, so that no one waits
+          job()
+      except BaseException as error:
+        self._error = (what, error)
+      finally:
+        self._jobs.task_done()
+        del item, job
+
+  def _write_row(self, step: int, report: Report, identity: Any, windows: Any) -> None:
+    host = jax.device_get(report)
+    if not self._checked:
+      self._begin(self._new_layout(report, host, jax.device_get(identity), windows))
+      self._checked = True
+    layout = self._layout
+    assert layout is not None
+    sizes = {"step": 1, **{name: len(layout[f"{name}s"]) for name in ("seed", "window", "group")}}
+    arranged = arrange(Report._make(np.asarray(field)[None] for field in host), sizes, layout["windows"])
+    values = b"".join(np.asarray(v, _DTYPES.get(name, "<f4")).tobytes() for name, v in arranged.items())
+    self._journal.write(_journal.frame(_journal.ROW, _journal.row_payload(step, values)))
+    if self._sinks:
+      self._tell(step, {tag: x for name in SCALARS for tag, x in _tagged(f"sedjax/{name}", arranged[name][0], layout)})
+
+  def _write_series(self, step: int, scalars: Mapping[str, Any]) -> None:
+    values = {name: np.asarray(value, np.float64) for name, value in jax.device_get(dict(scalars)).items()}
+    for name, value in values.items():
+      seeds = (len(self._layout["seeds"]),) if self._layout else value.shape
+      if value.shape not in ((), seeds):
+        raise ValueError(f"{name} has {value.size} values, there are {seeds[0]} seeds")
+    self._write_note(_journal.note_payload(step, {"series": {name: value.tolist() for name, value in values.items()}}))
+    if self._sinks:
+      self._tell(step, {tag: x for name, value in values.items() for tag, x in _tagged(name, value, self._layout)})
+
+  def _write_note(self, payload: bytes) -> None:
+    data = _journal.frame(_journal.NOTE, payload)
+    if not self._begun and self._layout is not None:
+      self._begin(self._layout | {"attrs": {}})
+    if self._begun:
+      self._journal.write(data)
+    else:
+      self._held.append(data)
+
+  def _tell(self, step: int, scalars: dict[str, float]) -> None:
+    for sink in self._sinks:
+      try:
+        sink(step, scalars)
+      except Exception as error:
+        raise RuntimeError(f"the sink {type(sink).__name__} failed: {error}") from error
+
+  def _begin(self, layout: dict[str, Any]) -> None:
+    """Writes this session's frame, which says what its rows are."""
+    self._journal.write(_journal.frame(_journal.SESSION, json.dumps(layout).encode()))
+    self._layout, self._begun = layout, True
+    for data in self._held:
+      self._journal.write(data)
+    self._held.clear()
+
+  def _new_layout(self, report: Report, host: Report, identity: Any, windows: Any) -> dict[str, Any]:
+    groups, sketch_id = [], None
+    if self._given is not None:
+      windows, groups = self._given
+    if identity is not None:
+      labels, map_id = identity
+      groups = [text or WHOLE for text in core.group_names(labels)]
+      sketch_id = np.reshape(map_id, (-1, map_id.shape[-1]))[0].tolist()
+    elif self._tracked:
+      sketch_id = list(self._config.sketch.sketch_id)
+    shape = np.shape(host.k_star)
+    seeds = self._seeds if self._seeds is not None else list(range(shape[0] if len(shape) == 3 else 1))
+    new = {"windows": list(windows), "groups": groups, "seeds": seeds, "sketch_id": sketch_id}
+    for name, value in new.items():
+      old = (self._layout or new)[name]
+      if old != value:
+        raise ValueError(
+          f"its {name.replace('_', ' ')} {old} differ from this run's, {value}; give this run a new file"
+        )
+    provenance = _provenance(report, self._config if self._tracked else None)
+    own = {"sketch_id": sketch_id} if sketch_id is not None else {}
+    attrs = {name: _plain(x) for name, x in {**provenance, **own, **self._attrs}.items() if x is not None}
+    return {"format": _journal.FORMAT, "version": VERSION, **new, "attrs": attrs}
+
+  def _finish(self) -> None:
+    path = self._journal.path
+    try:
+      with open(path, "rb") as file:
+        contents = _journal.read(file)
+        if contents is not None:
+          from sedjax import _netcdf
+
+          empty = _empty(contents.layout)
+          _netcdf.write(self.path, empty, contents, _rows(file, contents, empty))
+      path.unlink()
+    except Exception as error:
+      raise RuntimeError(
+        f"sedjax.record: {self.path} could not be made ({error}); everything recorded stays readable and can be "
+        f"continued, in {path}."
+      ) from error
+
+
+def open_record(path: str | Path) -> xr.Dataset:
+  """Opens a record: a finished one, one that is being written, or what a killed process left.
+
+  Args:
+    path: of the file, as `Recorder` was given it.
+
+  Returns:
+    A `Dataset` whose fields are read from disk where they are used; see `to_dataset` for its dimensions. Series and
+    events are in it as the module says. It shows what was written when it was opened. Close it, or use it in a `with`.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file is no record, is damaged, or was written by a newer version.
+
+  Cost: the steps, the series and, while the record is written, one pass over its journal.
+
+  Example:
+    >>> import jax.numpy as jnp, sedjax, sedjax.record, tempfile
+    >>> state, path = sedjax.track_spectral_edge(3).init({"w": jnp.ones(3)}), tempfile.mkdtemp() + "/run.nc"
+    >>> with sedjax.record.Recorder(path) as recorder:
+    ...   recorder.append(0, state)
+    ...   recorder.flush()
+    ...   print(sedjax.record.open_record(path).sizes["step"])
+    1
+  """
+  _needs_io()
+  path = Path(path)
+  # The journal first: a writer that finishes in between leaves a file that has the journal's rows already, and joining
+  # them again changes nothing.
+  journal = _journal_of(path)
+  try:
+    file = open(journal, "rb")
+  except FileNotFoundError:
+    file = None
+  except OSError as error:
+    raise _cannot("read", journal, error) from error
+  try:
+    contents = _journal.read(file) if file else None
+  except (ValueError, KeyError, TypeError) as error:
+    raise _cannot("read", journal, error) from error
+  if contents is not None:
+    _check_version(journal, contents.layout["version"])
+  stored = _open_file(path) if path.exists() else None
+  if contents is None and stored is None:
+    missing = f"there is no record {path}" if file is None else f"the record {path} has no rows yet"
+    raise FileNotFoundError(f"sedjax.record: {missing}.")
+  from sedjax import _netcdf
+
+  contents = contents or _journal.NOTHING
+  empty = _empty({**_layout_of(stored), "attrs": {}} if stored else contents.layout)
+  joined = _netcdf.joined(stored, empty, contents, _rows(file, contents, empty))
+
+  def close() -> None:
+    for each in (file, stored.file if stored else None):
+      if each is not None:
+        each.close()
+
+  joined.set_close(close)
+  return joined
+
+
+_DTYPES = {name: "<i4" for name in core.INTEGERS} | {"edge_ambiguous": "?"}
+# What sinks are told.
+SCALARS = (
+  "gap_ratio",
+  "null_ratio",
+  "k_star",
+  "edge_ambiguous",
+  "phase",
+  "pc1_fraction",
+  "k95",
+  "drift_speed",
+  "alignment",
+  "turning",
+  "last_update_norm",
+  "effective_dim",
+)
+
+
+def _needs_io() -> None:
+  try:
+    import h5netcdf  # noqa: F401
+    import xarray  # noqa: F401
+  except ImportError as error:
+    raise ImportError("sedjax.record needs xarray and h5netcdf: pip install 'sedjax[io]'.") from error
+
+
+def _journal_of(path: Path) -> Path:
+  return path.with_name(path.name + ".journal")
+
+
+def _cannot(do: str, path: Path, error: BaseException) -> ValueError:
+  why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+  return ValueError(f"sedjax.record: cannot {do} {path}: {why}.")
+
+
+def _step_of(step: Any) -> int:
+  if isinstance(step, jax.Array):  # to read it would wait for the device
+    raise TypeError("sedjax.record: step must be a Python int, got an array; count steps on the host.")
+  step = operator.index(step)
+  if not 0 <= step < 2**63:
+    raise ValueError(f"sedjax.record: step must be an int in 0…2**63 - 1, got {step}.")
+  return step
+
+
+def _check_version(path: Path, version: int) -> None:
+  if version > VERSION:
+    raise ValueError(
+      f"sedjax.record: {path} is a record of version {version}, this library reads up to {VERSION}; update sedjax."
+    )
+
+
+def _open_file(path: Path) -> _netcdf.Stored:
+  from sedjax import _netcdf
+
+  try:
+    stored = _netcdf.open_stored(path, FIELDS)
+  except Exception as error:  # h5py raises errors of many kinds
+    raise _cannot("read", path, error) from error
+  attrs = stored.others.attrs
+  try:
+    _check_version(path, int(attrs.get("record_version", 0)))
+    if "record_version" not in attrs or not {*DIMS, "index"} <= set(stored.others.coords):
+      raise ValueError(f"sedjax.record: {path} is not a record.")
+    if missing := [name for name in FIELDS if name not in stored.file]:
+      raise ValueError(f"sedjax.record: {path} is not a whole record, it lacks {', '.join(missing)}.")
+  except BaseException:
+    stored.file.close()
+    raise
+  return stored
+
+
+def _layout_of(stored: _netcdf.Stored) -> dict[str, Any]:
+  found = stored.others
+  names = {f"{name}s": found[name].values.tolist() for name in ("window", "group", "seed")}
+  sketch_id = np.asarray(found.attrs["sketch_id"]).tolist() if "sketch_id" in found.attrs else None
+  return {"format": _journal.FORMAT, "version": VERSION, **names, "sketch_id": sketch_id}
+
+
+def _existing_layout(path: Path, contents: _journal.Contents | None) -> dict[str, Any] | None:
+  if contents is not None:
+    _check_version(path, contents.layout["version"])
+    return dict(contents.layout)
+  if not path.exists():
+    return None
+  stored = _open_file(path)
+  stored.file.close()
+  return _layout_of(stored)
+
+
+def _empty(layout: Mapping[str, Any]) -> xr.Dataset:
+  """A record of no steps."""
+  names = layout["windows"], layout["groups"], layout["seeds"]
+  windows, groups, seeds = map(len, names)
+  longest = max(layout["windows"])
+  vectors = {"singular_values": longest, "ratios": longest - 1}
+  fields = {}
+  for name in Report._fields:
+    shape = (0, seeds, groups, windows, *([vectors[name]] if name in vectors else []))
+    fields[name] = np.zeros(shape, _DTYPES.get(name, "<f4"))
+  return to_dataset(
+    Report(**fields), steps=[], windows=names[0], groups=names[1], seeds=names[2], attrs=layout["attrs"]
+  )
+
+
+def _rows(file: Any, contents: _journal.Contents, empty: xr.Dataset) -> Any:
+  from sedjax import _netcdf
+
+  fields = {name: (np.dtype(_DTYPES.get(name, "<f4")), empty[name].shape[1:]) for name in Report._fields}
+  return _netcdf.Rows(file, contents, fields)
+
+
+def _provenance(report: Report, config: core.Config | None) -> dict[str, Any]:
+  found: dict[str, Any] = {
+    "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "command": shlex.join(sys.argv),
+  }
+  for name in ("sedjax", "jax", "jaxlib", "numpy", "optax"):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[f"{name}_version"] = importlib.metadata.version(name)
+  if isinstance(report.k_star, jax.Array):
+    device = min(report.k_star.devices(), key=lambda device: device.id)
+    found["device"] = f"{device.platform} ({device.device_kind})"
+  if config is not None:
+    sketch = config.sketch
+    found |= {name: getattr(config, name) for name in ("every", "source", "momentum", "k_max")}
+    found["sketch"] = f"{type(sketch).__name__.lower()}, dim {sketch.dim}, seed {sketch.seed}"
+  return found
+
+
+def _plain(value: Any) -> Any:
+  """As an attribute of a file can be: text, a number, or a list of numbers."""
+  if isinstance(value, np.generic | np.ndarray):
+    value = value.tolist()
+  if isinstance(value, bool):
+    return int(value)
+  if isinstance(value, int | float | str):
+    return value
+  if isinstance(value, list | tuple) and value and all(isinstance(x, int | float) for x in value):
+    return list(value)
+  return str(value)
+
+
+def _tagged(name: str, values: np.ndarray, layout: Mapping[str, Any] | None) -> Iterable[tuple[str, float]]:
+  """Scalars of [seed, window, group], [seed] or [], each with a name that says which, as far as there are several."""
+  parts: list[list[str]] = []
+  if layout is not None:
+    parts = [[f"seed_{seed}" for seed in layout["seeds"]], [f"w{w}" for w in layout["windows"]], layout["groups"]]
+  order = (2, 1, 0)  # the group comes first in names
+  for place in np.ndindex(values.shape):
+    words = {}
+    for axis, i in enumerate(place):
+      if values.shape[axis] > 1:
+        words[axis] = parts[axis][i] if parts else f"seed_{i}"
+    yield "/".join([name, *(words[axis] for axis in order if axis in words)]), float(values[place])

@@ -43,3 +43,15 @@ def test_grokking_refuses(args, words):
   done = run("examples/grokking.py", *args)
   assert done.returncode == 2
   assert words in done.stderr
+
+
+@pytest.mark.slow
+def test_pictures_smoke(tmp_path):
+  """A short run ends with a record, the README's pictures and a page."""
+  done = run("examples/pictures.py", "--smoke", "--out", tmp_path)
+  assert done.returncode == 0, done.stderr
+  for name in ("gap-ratio", "ratios", "groups"):
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+  assert "What happened in run.nc" in (tmp_path / "report.html").read_text()
+  record = xr.load_dataset(tmp_path / "run.nc", engine="h5netcdf")
+  assert record.sizes["seed"] == 2

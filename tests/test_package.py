@@ -16,11 +16,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 MODULES = (
   "sedjax",
   "sedjax.core",
+  "sedjax.checkpoints",
+  "sedjax.plot",
+  "sedjax.record",
+  "sedjax.sinks",
   "sedjax.sketch",
+  "sedjax.__main__",
   "sedjax._transform",
   "sedjax._migrate",
   "sedjax._types",
-  "sedjax.checkpoints",
 )
 
 
@@ -47,7 +51,7 @@ def test_public_names():
 
 
 def test_import_brings_in_no_extra():
-  extras = ("matplotlib", "xarray", "flax", "orbax", "rich", "h5netcdf", "scipy", "torch", "safetensors")
+  extras = ("matplotlib", "xarray", "flax", "orbax", "rich", "h5netcdf", "scipy", "tensorboardX", "wandb")
   code = f"""
 import sys, jax, optax, numpy
 before = set(sys.modules)

@@ -118,7 +118,7 @@ def test_golden_values_of_count(case, checksum):
 
 def strided(path, x, dim):
   """The form of one CPU or GPU."""
-  rows = _Rows(1, dim)
+  rows = _Rows(1, dim, jnp.uint32(0))
   _add_strided(rows, 0, Piece(path, x), dim, 0, None, jnp.float32(1))
   return rows.rows[0]
 

@@ -1,0 +1,213 @@
+"""The journal of a record that is being written: frames, one after the other, each whole or not there.
+
+A frame is its length and the CRC-32 of what follows, a byte that says what it is, and its bytes. It is written by one
+call of the operating system at the file's end, so that a process that is killed leaves at most one torn frame, the
+last, which the check sum tells. Reading stops before the first frame that is not whole.
+
+A journal begins with a session frame, and every program that continues a record adds one. What earlier sessions
+recorded at or after a step that a later session reached again is replaced: rows, series and events where the later
+session has a row, and a series also where the later session has values of that series.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+try:
+  import fcntl
+except ImportError:  # not on Windows, where two writers of one record are not noticed
+  fcntl = None
+
+_HEAD = struct.Struct("<IIc")
+_STEP = struct.Struct("<q")
+SESSION, ROW, NOTE = b"S", b"R", b"N"
+FORMAT = "sedjax record"
+
+
+class Row(NamedTuple):
+  """Where in the journal the numbers of a row lie."""
+
+  step: int
+  offset: int
+
+
+class Contents(NamedTuple):
+  """What a journal holds."""
+
+  layout: Mapping[str, Any]  # windows, groups, seeds, sketch_id, version; attrs, the newest of each but for `created`
+  rows: list[Row]  # ascending
+  series: dict[str, list[tuple[int, Any]]]  # by name: steps, ascending, and values
+  events: list[tuple[int, str]]
+  replaced: float  # all that an older file has from this step on is replaced
+  series_replaced: dict[str, float]  # likewise, by series
+  end: int  # bytes of whole frames
+
+
+NOTHING = Contents({"attrs": {}}, [], {}, [], np.inf, {}, 0)
+
+
+def frame(kind: bytes, payload: bytes) -> bytes:
+  """The bytes of a frame."""
+  return _HEAD.pack(len(payload), zlib.crc32(payload, zlib.crc32(kind)), kind) + payload
+
+
+def row_payload(step: int, values: bytes) -> bytes:
+  """The payload of a ROW frame."""
+  return _STEP.pack(step) + values
+
+
+def note_payload(step: int, note: Mapping[str, Any]) -> bytes:
+  """The payload of a NOTE frame: {"event": text} or {"series": {name: number or list}}."""
+  return json.dumps({"step": step, **note}).encode()
+
+
+def frames(file: BinaryIO) -> Iterator[tuple[bytes, bytes, int]]:
+  """Kind, payload and the payload's offset, of each whole frame up to the first that is not."""
+  size, at = os.fstat(file.fileno()).st_size, 0
+  file.seek(0)
+  while at + _HEAD.size <= size:
+    length, check, kind = _HEAD.unpack(file.read(_HEAD.size))
+    if at + _HEAD.size + length > size:
+      return
+    payload = file.read(length)
+    if len(payload) < length or zlib.crc32(payload, zlib.crc32(kind)) != check:
+      return
+    yield kind, payload, at + _HEAD.size
+    at += _HEAD.size + length
+
+
+def read(file: BinaryIO) -> Contents | None:
+  """What a journal holds; None where it does not hold a whole first frame.
+
+  Raises:
+    ValueError: the file is no journal.
+  """
+  layout: dict[str, Any] = {}
+  rows: list[tuple[int, Row]] = []
+  series: dict[str, list[tuple[int, int, Any]]] = {}
+  events: list[tuple[int, int, str]] = []
+  lows: list[dict[str | None, float]] = []  # by session: its first step of rows (None) and of each series
+  end = 0
+  for kind, payload, offset in frames(file):
+    if not lows and (kind != SESSION or json.loads(payload).get("format") != FORMAT):
+      raise ValueError("it does not begin as a sedjax journal does")
+    session = len(lows) - 1
+    if kind == SESSION:
+      new = json.loads(payload)
+      first = {name: value for name, value in layout.get("attrs", {}).items() if name == "created"}
+      layout = new | {"attrs": {**layout.get("attrs", {}), **new["attrs"], **first}}
+      lows.append({})
+    elif kind == ROW:
+      (step,) = _STEP.unpack_from(payload)
+      rows.append((session, Row(step, offset + _STEP.size)))
+      lows[-1].setdefault(None, step)
+    else:
+      note = json.loads(payload)
+      step = note["step"]
+      if "event" in note:
+        events.append((session, step, note["event"]))
+      for name, value in note.get("series", {}).items():
+        series.setdefault(name, []).append((session, step, value))
+        lows[-1].setdefault(name, step)
+    end = offset + len(payload)
+  if not lows:
+    return None
+
+  def limits(*keys: str | None) -> list[float]:
+    """From which step on later sessions replace what an older file has (first), and what each session recorded."""
+    found = [np.inf]
+    for low in reversed(lows):
+      found.append(min([found[-1], *(low[key] for key in keys if key in low)]))
+    return found[::-1]
+
+  any_kind, by_name = limits(None), {name: limits(None, name) for name in series}
+  return Contents(
+    layout,
+    [row for session, row in rows if row.step < any_kind[session + 1]],
+    {
+      name: [(step, value) for session, step, value in items if step < by_name[name][session + 1]]
+      for name, items in series.items()
+    },
+    [(step, text) for session, step, text in events if step < any_kind[session + 1]],
+    any_kind[0],
+    {name: limit[0] for name, limit in by_name.items()},
+    end,
+  )
+
+
+class Journal:
+  """A journal opened for writing, by one writer at a time.
+
+  Raises:
+    ValueError: another writer has it open, or the file is no journal.
+    OSError: it cannot be made or written.
+  """
+
+  def __init__(self, path: Path):
+    self.path = path
+    self._fd = self._open()
+    try:
+      with open(self._fd, "rb", closefd=False) as file:
+        self.found = read(file)
+      # What follows is a frame torn by a kill.
+      os.ftruncate(self._fd, self.found.end if self.found else 0)
+    except BaseException:
+      self.close()
+      raise
+
+  def _open(self) -> int:
+    while True:
+      fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+      try:
+        if fcntl:
+          fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if self.path.exists() and os.path.samestat(os.stat(self.path), os.fstat(fd)):
+          return fd
+      except BlockingIOError:
+        os.close(fd)
+        raise ValueError("another recorder is writing it") from None
+      os.close(fd)  # its writer finished, and removed it, between the two calls
+
+  def write(self, data: bytes) -> None:
+    """Appends a frame; where that fails nothing of it stays."""
+    written = os.write(self._fd, data)
+    if written == len(data):
+      return
+    try:  # a disk that is full takes a part, and says so when it is asked again
+      while written < len(data):
+        written += os.write(self._fd, data[written:])
+    except OSError:
+      with contextlib.suppress(OSError):
+        os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+      raise
+
+  def sync(self) -> None:
+    """Returns when the disk has all that was written."""
+    os.fsync(self._fd)
+
+  def close(self) -> None:
+    os.close(self._fd)
+
+
+def read_bytes(fd: int, offset: int, length: int) -> bytes:
+  """So many bytes at an offset.
+
+  Raises:
+    OSError: the file ends before.
+  """
+  data = os.pread(fd, length, offset)
+  while len(data) < length:
+    more = os.pread(fd, length - len(data), offset + len(data))
+    if not more:
+      raise OSError("the file ends too early")
+    data += more
+  return data

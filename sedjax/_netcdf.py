@@ -1,0 +1,277 @@
+"""A record's two files, seen as one: the NetCDF file that earlier sessions left, and the journal of what came after."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import h5netcdf
+import h5py
+import numpy as np
+import xarray as xr
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from sedjax._journal import Contents, read_bytes
+
+BLOCK_BYTES = 2**26  # of one variable; what reading and writing keep in memory
+LONGEST_CHUNK = 4096  # steps
+FAST = {"zlib": True, "complevel": 1, "shuffle": True}
+Series = tuple[np.ndarray, np.ndarray]  # int64[n] steps, and values [n] or [n, seed]
+
+
+class Rows:
+  """The rows of a journal, field by field.
+
+  Args:
+    file: the journal.
+    contents: what it holds.
+    fields: dtype and shape of each field, in the order in which they lie in a row.
+  """
+
+  def __init__(self, file: BinaryIO, contents: Contents, fields: Mapping[str, tuple[np.dtype, tuple[int, ...]]]):
+    self.file, self.fields = file, fields
+    self.steps = np.asarray([row.step for row in contents.rows], np.int64)
+    self._offsets = [row.offset for row in contents.rows]
+    self._starts: dict[str, int] = {}
+    at = 0
+    for name, (dtype, shape) in fields.items():
+      self._starts[name] = at
+      at += dtype.itemsize * int(np.prod(shape))
+
+  def __len__(self) -> int:
+    return len(self._offsets)
+
+  def read(self, name: str, places: np.ndarray) -> np.ndarray:
+    """[places, ...]: a field of some rows."""
+    dtype, shape = self.fields[name]
+    start, length = self._starts[name], dtype.itemsize * int(np.prod(shape))
+    data = b"".join(read_bytes(self.file.fileno(), self._offsets[i] + start, length) for i in places)
+    return np.frombuffer(data, dtype).reshape(len(places), *shape)
+
+
+class _Joined(BackendArray):
+  """A field whose first `keep` steps are in the file and the others in the journal; reads what is asked for."""
+
+  def __init__(self, stored: h5py.Dataset | None, keep: int, rows: Rows, name: str):
+    self.stored, self.keep, self.rows, self.name = stored, keep, rows, name
+    self.dtype, shape = rows.fields[name]
+    self.shape = (keep + len(rows), *shape)
+
+  def __getitem__(self, key: Any) -> Any:
+    return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._get)
+
+  def _get(self, key: tuple[Any, ...]) -> np.ndarray:
+    at, *others = (np.atleast_1d(np.arange(size)[k]) for size, k in zip(self.shape, key, strict=True))
+    boxes = [_box(wanted) for wanted in others]
+    slices, inside = [box for box, _ in boxes], [places for _, places in boxes]
+    found = np.empty((len(at), *map(len, others)), self.dtype)
+    block = at // block_length(self.dtype, self.shape[1:])
+    for number in np.unique(block):
+      here = np.flatnonzero((block == number) & (at < self.keep))
+      if len(here) and self.stored is not None:
+        steps, places = _box(at[here])
+        found[here] = self.stored[(steps, *slices)][np.ix_(places, *inside)]
+      here = np.flatnonzero((block == number) & (at >= self.keep))
+      if len(here):
+        values = self.rows.read(self.name, at[here] - self.keep)
+        found[here] = values[(slice(None), *slices)][np.ix_(np.arange(len(here)), *inside)]
+    return found[tuple(0 if np.ndim(k) == 0 and not isinstance(k, slice) else slice(None) for k in key)]
+
+
+def _box(wanted: np.ndarray) -> tuple[slice, np.ndarray]:
+  """The slice of an axis that holds all indices, and where in it they are: HDF5 reads lists of indices slowly."""
+  if not wanted.size:
+    return slice(0, 0), wanted
+  gaps = np.diff(wanted)
+  step = int(gaps[0]) if len(gaps) and gaps[0] > 0 and np.all(gaps == gaps[0]) else 1
+  first = int(wanted.min())
+  return slice(first, int(wanted.max()) + 1, step), (wanted - first) // step
+
+
+def block_length(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+  """How many steps of a variable make a block; a power of two."""
+  step_bytes = max(1, dtype.itemsize * int(np.prod(shape)))
+  return 2 ** min(LONGEST_CHUNK.bit_length() - 1, max(0, (BLOCK_BYTES // step_bytes).bit_length() - 1))
+
+
+class Stored(NamedTuple):
+  """The NetCDF file, opened; `others` are its coordinates, series, events and attributes, in memory."""
+
+  file: h5py.File
+  others: xr.Dataset
+
+
+def open_stored(path: Path, fields: Iterable[str]) -> Stored:
+  """Opens a file. xarray would take most of a second to open the rows' fields."""
+  file = h5py.File(path, "r")
+  try:
+    seen = h5netcdf.File(file, "r")
+    variables = {}
+    for name in [name for name in seen.variables if name not in set(fields)]:
+      variables[name] = (seen[name].dimensions, _text(np.asarray(seen[name][...])), dict(seen[name].attrs))
+    return Stored(file, xr.Dataset(variables, attrs=dict(seen.attrs)))
+  except BaseException:
+    file.close()
+    raise
+
+
+def _text(values: np.ndarray) -> np.ndarray:
+  """Text that HDF5 gives as bytes, decoded; other values as they are."""
+  if values.dtype != object:
+    return values
+  return np.asarray([value.decode() if isinstance(value, bytes) else value for value in values], object)
+
+
+class Parts(NamedTuple):
+  """A record made of what is kept of the file, and the journal."""
+
+  keep: int  # steps of the file
+  series: dict[str, Series]
+  events: list[tuple[int, str]] | None  # None where there never was one
+  attrs: dict[str, Any]
+
+
+def parts_of(old: xr.Dataset, contents: Contents) -> Parts:
+  """Joins all but the rows' fields. `old` is the file, or a record of no steps."""
+  keep = int(np.searchsorted(old.step.values, contents.replaced))
+  series: dict[str, Series] = {}
+  names = [str(name) for name in old.data_vars if f"{name}_step" in old.dims and name != "event"]
+  for name in dict.fromkeys([*names, *contents.series]):
+    steps, values = np.zeros(0, np.int64), None
+    if name in old:
+      steps, values = old[f"{name}_step"].values, old[name].values
+      some = steps < contents.series_replaced.get(name, contents.replaced)
+      steps, values = steps[some], values[some]
+    new = contents.series.get(name, [])
+    if new:
+      steps = np.concatenate([steps, np.asarray([step for step, _ in new], np.int64)])
+      added = np.asarray([value for _, value in new], np.float64)
+      values = added if values is None or not len(values) else np.concatenate([values, added])
+    assert values is not None
+    series[name] = (steps, values)
+  events: list[tuple[int, str]] = []
+  if "event" in old:
+    events = list(zip(old.event_step.values.tolist(), old.event.values.tolist(), strict=True))
+    events = [(step, text) for step, text in events if step < contents.replaced]
+  # An event that is in both files, where a kill came between writing one and removing the other, is one event.
+  events = sorted(dict.fromkeys([*events, *contents.events]), key=lambda event: event[0])
+  first = {name: old.attrs[name] for name in ("created",) if name in old.attrs}
+  known = "event" in old or contents.events
+  return Parts(keep, series, events if known else None, {**old.attrs, **contents.layout["attrs"], **first})
+
+
+def _series_variables(name: str, steps: np.ndarray, values: np.ndarray) -> dict[str, xr.Variable]:
+  dims = (f"{name}_step", "seed")[: values.ndim]
+  return {
+    f"{name}_step": xr.Variable(dims[:1], steps, {"long_name": "optimizer step", "units": "steps"}),
+    name: xr.Variable(dims, values, {"long_name": name.replace("_", " ")}),
+  }
+
+
+def _added_variables(parts: Parts) -> dict[str, xr.Variable]:
+  """Series and events."""
+  added = {}
+  for name, (steps, values) in parts.series.items():
+    added |= _series_variables(name, steps, values)
+  if parts.events is not None:
+    steps = np.asarray([step for step, _ in parts.events], np.int64)
+    added |= _series_variables("event", steps, np.asarray([text for _, text in parts.events], object))
+  return added
+
+
+def joined(stored: Stored | None, empty: xr.Dataset, contents: Contents, rows: Rows) -> xr.Dataset:
+  """The record that the file and its journal make; the fields are read where they are used.
+
+  Args:
+    stored: the file, or None where there is only a journal.
+    empty: a record of no steps, of the same layout.
+    contents, rows: the journal's.
+  """
+  old = empty if stored is None else stored.others
+  parts = parts_of(old, contents)
+  variables: dict[str, Any] = _added_variables(parts)
+  for name in rows.fields:
+    values = None if stored is None else stored.file[name]
+    assert values is None or isinstance(values, h5py.Dataset)
+    lazy = indexing.LazilyIndexedArray(_Joined(values, parts.keep, rows, name))
+    variables[name] = xr.Variable(empty[name].dims, lazy, empty[name].attrs)
+  steps = np.concatenate([old.step.values[: parts.keep], rows.steps])
+  coords = {name: empty[name].variable for name in ("seed", "window", "group", "index")}
+  coords["step"] = xr.Variable("step", steps, empty.step.attrs)
+  coords |= {name: variables.pop(name) for name in list(variables) if name.endswith("_step")}
+  return xr.Dataset(variables, coords, parts.attrs)
+
+
+def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None:
+  """Takes a journal's contents into the NetCDF file, which is old or new, never in between.
+
+  Args:
+    path: the file; it may be absent.
+    empty: a record of no steps, of the same layout.
+    contents, rows: the journal's.
+  """
+  partial = path.with_name(path.name + ".partial")
+  try:
+    if path.exists():
+      stored = open_stored(path, rows.fields)
+      parts = parts_of(stored.others, contents)
+      stored.file.close()
+      shutil.copyfile(path, partial)
+    else:
+      parts = parts_of(empty, contents)
+      _write_empty(partial, empty, rows)
+    with h5netcdf.File(partial, "r+") as file:
+      _extend(file, parts, rows)
+    with open(partial, "rb") as file:
+      os.fsync(file.fileno())
+    os.replace(partial, path)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
+
+
+def _write_empty(path: Path, empty: xr.Dataset, rows: Rows) -> None:
+  encoding: dict[str, Any] = {}
+  for name, (dtype, shape) in rows.fields.items():
+    # What one reads is mostly one seed and window over all steps, of vectors one group.
+    others = [
+      size if dim == "index" or (dim == "group" and "index" not in empty[name].dims) else 1
+      for dim, size in zip(empty[name].dims[1:], shape, strict=True)
+    ]
+    encoding[name] = {"chunksizes": (block_length(dtype, shape), *others), "_FillValue": None, **FAST}
+  encoding["step"] = {"chunksizes": (LONGEST_CHUNK,), **FAST}
+  empty.to_netcdf(path, engine="h5netcdf", encoding=encoding, unlimited_dims=["step"])
+
+
+def _extend(file: Any, parts: Parts, rows: Rows) -> None:
+  total = parts.keep + len(rows)
+  file.resize_dimension("step", total)
+  if len(rows):
+    file["step"][parts.keep :] = rows.steps
+  for name, (dtype, shape) in rows.fields.items():
+    start = parts.keep
+    while start < total:
+      length = block_length(dtype, shape)
+      stop = min(total, (start // length + 1) * length)  # whole chunks, where they lie
+      block = rows.read(name, np.arange(start, stop) - parts.keep)
+      file[name][start:stop] = block.astype(file[name].dtype)  # NetCDF has no bool
+      start = stop
+  for name, variable in _added_variables(parts).items():
+    text = variable.dtype == object
+    if variable.dims[0] not in file.dimensions:
+      file.dimensions[variable.dims[0]] = None
+    file.resize_dimension(variable.dims[0], variable.shape[0])
+    if name not in file.variables:
+      dtype = h5py.string_dtype() if text else variable.dtype
+      chunks = (LONGEST_CHUNK, *variable.shape[1:])
+      file.create_variable(name, variable.dims, dtype, chunks=chunks, compression="gzip", compression_opts=1)
+      for key, value in variable.attrs.items():
+        file[name].attrs[key] = value
+    if variable.shape[0]:
+      file[name][...] = variable.values
+  for key, value in parts.attrs.items():
+    file.attrs[key] = value

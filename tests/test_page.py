@@ -1,0 +1,277 @@
+"""The report's words, its warnings and its page in a browser; the command line's answers to bad input."""
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import planted
+import pytest
+import xarray as xr
+
+from sedjax import _page
+from sedjax.__main__ import main
+from sedjax._types import Status
+
+
+def words(page):
+  """The page's text without pictures, style and tags."""
+  page = re.sub(r"<style>.*?</style>", "", page, flags=re.S)
+  page = re.sub(r'src(set)?="data:[^"]*"', "", page)
+  return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+
+
+@pytest.fixture(scope="module")
+def made():
+  return planted.with_series(planted.dataset())
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  """Without pictures, which take most of the time."""
+  monkeypatch.setattr(_page, "_figure", lambda _, alt, caption: f'<img alt="{_page._e(alt)}">{_page._e(caption)}')
+
+
+def warnings_of(page):
+  """Titles of the warnings on a page."""
+  box = re.search(r'<section class="note.*?</section>', page, re.S)
+  return re.findall(r"<li><b>(.*?)</b>", box.group(), re.S)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_was_planted_is_told(made):
+  page = _page.make_page(made, name="run.nc")
+  text = words(page)
+  rise = made.step.values[np.flatnonzero(made.phase[:, 0, 1, 0] == 2)[0]]
+  assert abs(rise - planted.EVERY * planted.RISE) <= 200
+  assert re.search(rf"An edge rises (at step|between steps).*{rise:,}.* in all 3 seeds", text)
+  assert f"a rise from step {rise:,}" in text
+  assert "a plateau from step 1,3" in text
+  assert "At the end, step 4,000: no edge." in text
+  assert "There k* is 1 in 100" in text
+  assert "Where all exceed noise, they agree on k*" in text
+  assert "data shift" in text
+  assert "loss: 30 values" in text
+  assert "looks back 200 steps" in text
+  assert "count, dim 4096, seed 0" in text
+  assert warnings_of(page) == []
+  assert "No warnings" in text
+  other = words(_page.make_page(made, window=5, group="head"))
+  assert "group “head” in windows of 5 rows" in other
+  assert "No edge is seen" in other
+
+
+def with_bit(made, bit, **where):
+  status = made.status.copy(deep=True)
+  status.loc[where] = status.loc[where] | int(bit)
+  return made.assign(status=status)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+  ("title", "change"),
+  [
+    ("Window not full.", lambda r: r.isel(step=slice(7))),
+    ("Short rows.", lambda r: r.assign_attrs(every=1)),
+    ("Momentum explains PC1.", lambda r: r.assign_attrs(momentum=0.99)),
+    ("Effective dimension low.", lambda r: with_bit(r, Status.LOW_EFFECTIVE_DIM, step=400)),
+    ("Steps skipped: not finite.", lambda r: with_bit(r, Status.NONFINITE_SKIPPED, step=400)),
+    ("Steps skipped: zero updates.", lambda r: with_bit(r, Status.ZERO_SKIPPED, group="head")),
+    ("Rows of unequal length.", lambda r: with_bit(r, Status.PARTIAL_ROW, window=5)),
+    ("Rounding.", lambda r: with_bit(r, Status.CANCELLATION, step=400)),
+    ("Untracked leaves.", lambda r: with_bit(r, Status.UNTRACKED, seed=8)),
+    ("Unknown group.", lambda r: with_bit(r, Status.UNKNOWN_GROUP, step=400)),
+    ("The map changed.", lambda r: with_bit(r, Status.MAP_CHANGED, step=400)),
+    ("Below float32’s floor.", lambda r: with_bit(r, Status.BELOW_FLOOR, step=400)),
+    ("Unknown status.", lambda r: with_bit(r, 1 << 20, step=400)),
+    ("Values missing.", lambda r: r.assign(gap_ratio=r.gap_ratio.where(r.step != 400))),
+  ],
+)
+def test_a_warning_where_its_cause_is_and_no_other(made, title, change):
+  assert warnings_of(_page.make_page(change(made))) == [title]
+
+
+@pytest.mark.usefixtures("quick")
+def test_momentum_that_was_not_told_is_asked_about(made):
+  """Ratios that exceed white noise and not what momentum 0.9 makes of it."""
+  low = made.assign(gap_ratio=xr.where(made.gap_ratio > 0, 1.1, made.gap_ratio).astype("float32"), k_star=made.k_star)
+  low = low.assign(k_star=xr.where(made.k_star > 0, 1, 0))
+  assert warnings_of(_page.make_page(low.assign_attrs(every=10))) == ["Momentum may explain the edge."]
+  del low.attrs["momentum"]
+  assert "does not record the optimizer’s momentum" in words(_page.make_page(low.assign_attrs(every=10)))
+  assert warnings_of(_page.make_page(low.assign_attrs(every=10, momentum=0.5))) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_text_from_the_file_is_escaped(made):
+  evil = "<script>alert(1)</script>"
+  bad = made.assign_coords(group=["all", evil, "head"]).rename(loss=evil, loss_step=f"{evil}_step")
+  bad = bad.assign_attrs(command=f'{evil}"&').assign(event=("event_step", np.asarray([evil, "x"], object)))
+  page = _page.make_page(bad, name=evil)
+  assert "<script" not in page
+  assert page.count("&lt;script&gt;") >= 4
+
+
+@pytest.mark.parametrize("case", ["one row", "never full", "one seed", "no series", "all NaN", "no attributes"])
+def test_corner_cases_make_a_page(made, case):
+  few = made.drop_dims(["loss_step", "accuracy_step", "event_step"])
+  few = {
+    "one row": few.isel(step=[150]),
+    "never full": few.isel(step=slice(4)),
+    "one seed": few.isel(seed=[0]),
+    "no series": few,
+    "all NaN": few.map(lambda x: x * np.nan if x.dtype.kind == "f" else x),
+    "no attributes": few.drop_attrs(),
+  }[case]
+  page = _page.make_page(few)
+  text = words(page)
+  assert page.count("<img ") == page.count("alt=")
+  assert {
+    "one row": "step 3,020 alone",
+    "never full": "The window is never full, so nothing can be said",
+    "one seed": "One run, steps 20 to 4,000",
+    "no series": "3 seeds",
+    "all NaN": "The gap ratio is NaN or infinite in",
+    "no attributes": "Not recorded: sketch, every, momentum and source.",
+  }[case] in text
+  assert ("Do the seeds agree?" in text) == (case != "one seed")
+  assert "nan" not in text.split()
+
+
+def test_record_is_read_in_blocks_and_says_the_same(made, monkeypatch):
+  whole = _page._read(made, 1, 0)
+  monkeypatch.setattr(_page, "_BLOCK", 18 * 7)
+  parts = _page._read(made, 1, 0)
+  for field, one, other in zip(_page.Sums._fields, whole[0], parts[0], strict=True):
+    np.testing.assert_allclose(one, other, err_msg=field, rtol=1e-6)
+  for one, other in zip(whole[1:], parts[1:], strict=True):
+    xr.testing.assert_identical(one, other)
+
+
+def test_command_line(made, tmp_path, capsys):
+  made.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
+  out = tmp_path / "report.html"
+  assert main(["report", str(tmp_path / "run.nc"), "-o", str(out)]) == 0
+  assert "What happened in run.nc" in out.read_text()
+  assert sorted(os.listdir(tmp_path)) == ["report.html", "run.nc"]
+  assert out.stat().st_size < 3e6
+  assert "Wrote" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("make", "args", "said"),
+  [
+    (None, [], "there is no record"),
+    (lambda path: path.write_text("no record"), [], "cannot read"),
+    (lambda path: planted.dataset(1, 3).drop_vars("phase").to_netcdf(path, engine="h5netcdf"), [], "lacks phase"),
+    (lambda path: planted.dataset(1, 3, record_version=99).to_netcdf(path, engine="h5netcdf"), [], "version 99"),
+    (
+      lambda path: planted.dataset(1, 3).to_netcdf(path, engine="h5netcdf"),
+      ["--window", "6"],
+      "no window 6; it has 5, 10",
+    ),
+    (lambda path: planted.dataset(1, 3).to_netcdf(path, engine="h5netcdf"), ["--group", "x"], "no group 'x'"),
+  ],
+)
+def test_bad_input_gets_one_sentence(make, args, said, tmp_path, capsys):
+  path = tmp_path / "run.nc"
+  if make:
+    make(path)
+  assert main(["report", str(path), "-o", str(tmp_path / "report.html"), *args]) == 1
+  err = capsys.readouterr().err
+  assert said in err
+  assert err.startswith("sedjax")
+  assert err.count("\n") == 1
+  assert not (tmp_path / "report.html").exists()
+
+
+def test_page_that_cannot_be_written(made, tmp_path, capsys):
+  made.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
+  assert main(["report", str(tmp_path / "run.nc"), "-o", str(tmp_path / "nowhere" / "report.html")]) == 1
+  assert "No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "h5netcdf", "xarray"])
+def test_missing_extra_is_named(made, missing, tmp_path):
+  made.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
+  code = f"import sys; sys.modules[{missing!r}] = None\nfrom sedjax.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+  command = [sys.executable, "-c", code, "report", tmp_path / "run.nc", "-o", tmp_path / "page.html"]
+  done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+  assert done.returncode == 1
+  assert re.search(r"sedjax\[(io|plot|io,plot)\]", done.stderr)
+  assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("args", [["--help"], ["report", "--help"]])
+def test_help_has_an_example(args, capsys):
+  with pytest.raises(SystemExit) as ended:
+    main(args)
+  assert ended.value.code == 0
+  assert "sedjax report run.nc -o report.html" in capsys.readouterr().out
+
+
+def test_arguments_that_cannot_be_read(capsys):
+  with pytest.raises(SystemExit) as ended:
+    main(["report"])
+  assert ended.value.code == 2
+  assert "the following arguments are required" in capsys.readouterr().err
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def folder(made, tmp_path_factory):
+  """A folder with a page whose names are long."""
+  folder = tmp_path_factory.mktemp("page")
+  long = made.assign_coords(group=["all", "a_name_of_a_group_without_any_place_to_break_it/" * 3, "head"])
+  long = long.assign_attrs(command="x" * 300, sketch_id=np.arange(4))
+  _page.write_page(with_bit(long, Status.LOW_EFFECTIVE_DIM, step=400), folder / "page.html", name="a" * 70 + ".nc")
+  return folder
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs the program chromium")
+@pytest.mark.parametrize("size", [(1280, 900), (390, 844), (360, 740)])
+def test_in_a_browser(folder, size):
+  """No console error, no request but the page itself, nothing wider than the window, all pictures there."""
+  playwright = pytest.importorskip("playwright.sync_api")
+  serve = functools.partial(Quiet, directory=str(folder))
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve) as server, playwright.sync_playwright() as tools:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    browser = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    view = browser.new_page(viewport={"width": size[0], "height": size[1]})
+    trouble, asked = [], []
+    view.on("console", lambda message: trouble.append(message.text))
+    view.on("pageerror", lambda error: trouble.append(str(error)))
+    view.on("requestfailed", lambda request: trouble.append(request.url[:80]))
+    view.on("request", lambda request: asked.append(request.url))
+    address = f"http://127.0.0.1:{server.server_port}/page.html"
+    view.goto(address)
+    wide, inner = view.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    pictures = view.evaluate("[...document.images].map(x => [x.complete, x.naturalWidth, x.alt, x.clientWidth])")
+    outside = view.evaluate(
+      "[...document.querySelectorAll('main *')].filter(x => !x.closest('.scroll') && "
+      "x.getBoundingClientRect().right > innerWidth + 1).length"
+    )
+    browser.close()
+    server.shutdown()
+  assert trouble == []
+  assert {url for url in asked if not url.startswith("data:")} == {address}
+  assert wide <= inner
+  assert outside == 0
+  assert len(pictures) == 8
+  for complete, natural, alt, shown in pictures:
+    assert complete
+    assert natural > 0
+    assert alt
+    assert 250 < shown <= size[0]
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+  def log_message(self, *args):
+    del args

@@ -1,0 +1,175 @@
+"""Pictures: axes in, axes out; labels with units; what was planted is where it was planted; no peak is thinned away."""
+
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import planted
+import pytest
+import xarray as xr
+from matplotlib.figure import Figure
+
+from sedjax import plot
+from sedjax._types import Phase
+
+matplotlib.use("agg")
+
+PICTURES = {
+  "singular_values": plot.singular_values,
+  "ratios": plot.ratios,
+  "gap_ratio": plot.gap_ratio,
+  "against_null": plot.against_null,
+  "groups": plot.groups,
+  "fidelity": plot.fidelity,
+}
+
+
+@pytest.fixture(scope="module")
+def record():
+  return planted.with_series(planted.dataset())
+
+
+def axes():
+  return Figure((8, 3.6), layout="constrained").subplots()
+
+
+def handles(ax):
+  return dict(
+    zip([text.get_text() for text in ax.get_legend().get_texts()], ax.get_legend().legend_handles, strict=True)
+  )
+
+
+def shaded(ax, name):
+  """Steps between which a phase is shaded, from the drawn boxes of its colour."""
+  face = matplotlib.colors.to_rgba(plot.PHASES[name][0])
+  boxes = [part for part in ax.collections if np.allclose(part.get_facecolor()[0], face)]
+  return [(path.vertices[:, 0].min(), path.vertices[:, 0].max()) for part in boxes for path in part.get_paths()]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_axes_in_axes_out(record, name):
+  ax = axes()
+  assert PICTURES[name](record, ax=ax) is ax
+  assert ax.get_xlabel() == "optimizer step"
+  assert ax.get_ylabel()
+  assert list(ax.get_xlim()) == pytest.approx([20, 4000], abs=40)
+  ax.figure.savefig("/dev/null", format="png")
+  made = PICTURES[name](record)
+  assert made.figure is not ax.figure
+  matplotlib.pyplot.close(made.figure)
+
+
+def test_labels_have_units(record):
+  assert (
+    plot.singular_values(record, ax=axes()).get_ylabel().replace("\n", " ") == "singular value σ_k (parameter units)"
+  )
+  assert plot.series(record, "loss", ax=axes()).get_ylabel() == "validation loss (nats)"
+  other = record.assign(gap_ratio=record.gap_ratio.assign_attrs(long_name="cost in $ and $", units="furlongs"))
+  ax = plot.gap_ratio(other, ax=axes())
+  assert ax.get_ylabel().replace("\n", " ") == r"cost in \$ and \$ (furlongs)"
+  ax.figure.savefig("/dev/null", format="png")
+
+
+def test_planted_phases_are_shaded_where_they_were_planted(record):
+  ax = plot.gap_ratio(record, ax=axes())
+  slack = planted.EVERY * max(planted.WINDOWS)
+  starts = {Phase.RISE: planted.RISE, Phase.PLATEAU: planted.PLATEAU, Phase.COLLAPSE: planted.COLLAPSE}
+  for phase, row in starts.items():
+    ((first, last),) = shaded(ax, phase)
+    assert abs(first - planted.EVERY * row) <= slack
+    assert last > first
+  ((first, last),) = shaded(ax, Phase.WARMUP)
+  assert (first, last) == (10, 190)  # rows 1 to 9, at steps 20 to 180
+  assert {"window filling", "rise", "plateau", "collapse", "no edge", "range of 3 seeds"} <= set(handles(ax))
+  assert "1: data shift" in handles(ax)
+
+
+def test_k_star_is_marked_where_it_is(record):
+  ax = plot.ratios(record, ax=axes(), seed=8)
+  clear = next(line for line in ax.lines if line.get_label() == "k*")
+  x, y = clear.get_data()
+  inside = (x > 1400) & (x < 2400)
+  assert inside.sum() > 20
+  assert set(y[inside]) == {1}
+  assert any(line.get_label() == "k*, ambiguous" for line in ax.lines)
+
+
+def test_seeds_that_differ_are_shaded_as_such(record):
+  phase = record.phase.copy(deep=True)
+  phase[100:120, 0], phase[100:120, 1], phase[100:120, 2] = 1, 2, 3
+  ax = plot.gap_ratio(record.assign(phase=phase), ax=axes())
+  assert "seeds differ" in handles(ax)
+  assert "seeds differ" not in handles(plot.gap_ratio(record.assign(phase=phase), ax=axes(), seed=7))
+
+
+def test_thinning_keeps_peaks():
+  steps = np.arange(100_000)
+  values = np.random.default_rng(0).normal(size=len(steps))
+  values[[12_345, 77_777]] = 100, -100
+  x, y = plot.thin(steps, values, 500)
+  assert len(x) <= 1000
+  assert y.max() == 100
+  assert y.min() == -100
+  assert abs(x[y.argmax()] - 12_345) <= 200
+  assert abs(x[y.argmin()] - 77_777) <= 200
+  values[40_000:60_000] = np.nan
+  x, y = plot.thin(steps, values, 500)
+  assert np.isnan(y[(x > 40_200) & (x < 59_800)]).all()
+  assert np.isfinite(y[(x < 39_800) | (x > 60_200)]).all()
+
+
+def test_long_record_is_thinned_and_keeps_its_peak(record):
+  long = xr.concat([record[["gap_ratio", "null_ratio", "phase", "k_star"]]] * 100, "step", data_vars="minimal")
+  long = long.assign_coords(step=("step", 20 * np.arange(1, long.sizes["step"] + 1), record.step.attrs))
+  gap = long.gap_ratio.copy(deep=True)
+  gap[10_107] = 50
+  ax = plot.gap_ratio(long.assign(gap_ratio=gap), ax=axes(), seed=7)
+  line = next(line for line in ax.lines if line.get_label() == "gap ratio")
+  assert len(line.get_xdata()) < 3000
+  assert np.nanmax(line.get_ydata()) == 50
+  assert ax.get_ylim()[1] > 50
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("case", ["one row", "never full", "all NaN", "one seed", "no attributes", "long names"])
+def test_corner_cases(record, name, case):
+  few = record[[*record.data_vars][:19]]
+  made = {
+    "one row": few.isel(step=[150]),
+    "never full": few.isel(step=slice(4)).assign(phase=few.phase[:4] * 0, k_star=few.k_star[:4] * 0),
+    "all NaN": few.map(lambda x: x * np.nan if x.dtype.kind == "f" else x),
+    "one seed": few.isel(seed=[1]),
+    "no attributes": few.map(lambda x: x.drop_attrs()).drop_attrs(),
+    "long names": few.assign_coords(group=["all", "transformer/" * 9, "a$b" * 40]),
+  }[case]
+  PICTURES[name](made, ax=(ax := axes()))
+  ax.figure.savefig("/dev/null", format="png")
+
+
+def test_series_and_events(record):
+  assert plot.series_names(record) == ["loss", "accuracy"]
+  assert plot.events_of(record) == [(1000, "data shift"), (2600, "learning rate halved")]
+  assert set(handles(plot.series(record, "loss", ax=axes()))) >= {"seed 7", "seed 9", "2: learning rate halved"}
+  assert len(plot.series(record, "loss", ax=axes(), seed=8).lines) == 1 + 2  # and two events
+
+
+@pytest.mark.parametrize(
+  ("call", "words"),
+  [
+    (lambda r: plot.gap_ratio(r, seed=1), "no seed 1; it has \\[7, 8, 9\\]"),
+    (lambda r: plot.ratios(r, window=7), "no window 7"),
+    (lambda r: plot.fidelity(r, group="tail"), "no group 'tail'"),
+    (lambda r: plot.series(r, "nothing"), "no series 'nothing'"),
+    (lambda r: plot.ratios(r.drop_vars("ratios")), "no field 'ratios'"),
+  ],
+)
+def test_what_is_not_there_is_named(record, call, words):
+  with pytest.raises(ValueError, match=words):
+    call(record)
+
+
+def test_without_matplotlib_the_extra_is_named():
+  code = "import sys; sys.modules['matplotlib'] = None\nfrom sedjax import plot\nplot.gap_ratio(None)"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+  assert "sedjax[plot]" in done.stderr

@@ -1,0 +1,626 @@
+"""Records: what is appended is read back, whatever happens in between."""
+
+import errno
+import functools
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import xarray as xr
+
+import sedjax
+import sedjax.sinks
+from sedjax import _journal, _netcdf
+from sedjax.record import FIELDS, Recorder, open_record, to_dataset
+
+ROOT = pathlib.Path(__file__).parents[1]
+OPTIONS = {"window": (3, 5), "momentum": 0.9, "groups": lambda path: path.split("/")[0], "every": 1}
+WINDOWS, GROUPS = (3, 5), ("all", "body", "head")
+PARAMS = {"body": {"w": jnp.ones((4, 3))}, "head": {"w": jnp.ones(3)}}
+
+
+@functools.cache
+def run(seeds=None, steps=8):
+  """States after each step, and their reports stacked; of random updates."""
+  tx = optax.chain(optax.sgd(0.1), sedjax.track_spectral_edge(**OPTIONS))
+
+  def one(key, state):
+    keys = jax.random.split(key, 2)
+    updates = {name: {"w": jax.random.normal(k, PARAMS[name]["w"].shape)} for name, k in zip(PARAMS, keys, strict=True)}
+    return tx.update(updates, state)[1]
+
+  step, state = one, tx.init(PARAMS)
+  if seeds:
+    step, state = jax.vmap(one), jax.vmap(lambda _: tx.init(PARAMS))(jnp.arange(seeds))
+  step, states = jax.jit(step), []
+  for i in range(steps):
+    key = jax.random.key(i)
+    state = step(jax.random.split(key, seeds) if seeds else key, state)
+    states.append(state)
+  reports = jax.tree.map(lambda *x: np.stack(x), *map(sedjax.get_reports, states))
+  return states, reports
+
+
+def report_of(step):
+  """All numbers are the step; two groups, windows of 3 and 5."""
+  shapes = {"singular_values": (2, 2, 5), "ratios": (2, 2, 4)}
+  return sedjax.Report(**{name: np.full(shapes.get(name, (2, 2)), step, np.float32) for name in FIELDS})
+
+
+def recorder_of(path, **options):
+  return Recorder(path, windows=(3, 5), groups=("all", "head"), **options)
+
+
+def record_numbers(path, steps, **series):
+  with recorder_of(path) as recorder:
+    for step in steps:
+      recorder.append(step, report_of(step))
+      if series:
+        recorder.log(step, **{name: value * step for name, value in series.items()})
+
+
+def journal_of(path):
+  return path.with_name(path.name + ".journal")
+
+
+def leave_journal(path, steps, **series):
+  """What a killed process leaves: a journal that was never taken into the file."""
+  recorder = recorder_of(path)
+  for step in steps:
+    recorder.append(step, report_of(step))
+    if series:
+      recorder.log(step, **{name: value * step for name, value in series.items()})
+  recorder.flush()
+  kept = path.with_name("kept")
+  shutil.copyfile(journal_of(path), kept)
+  before = path.read_bytes() if path.exists() else None
+  recorder.close()
+  path.unlink() if before is None else path.write_bytes(before)
+  os.replace(kept, journal_of(path))
+
+
+def steps_of(path):
+  with open_record(path) as record:
+    steps = record.step.values.tolist()
+    for name in FIELDS:
+      for step, values in zip(steps, record[name].values.reshape(len(steps), -1), strict=True):
+        wanted = bool(step) if name == "edge_ambiguous" else step
+        assert np.all((values == wanted) | np.isnan(values)), (name, step)
+    return steps
+
+
+def assert_same_record(a, b):
+  xr.testing.assert_identical(a.drop_attrs(deep=False).load(), b.drop_attrs(deep=False).load())
+
+
+# ---- what is written is read ----
+
+
+@pytest.mark.parametrize("seeds", [None, 3])
+@pytest.mark.parametrize("finished", [True, False])
+def test_round_trip(tmp_path, seeds, finished):
+  states, reports = run(seeds)
+  path = tmp_path / "run.nc"
+  names = {"seeds": [7, 8, 9]} if seeds else {}
+  recorder = Recorder(path, tracker=OPTIONS, attrs={"model": "tiny", "lr": 0.1, "sizes": (1, 2)}, **names)
+  for i, state in enumerate(states):
+    recorder.append(10 * i, state)
+  recorder.flush()
+  if finished:
+    recorder.close()
+    assert os.listdir(tmp_path) == ["run.nc"]
+  record = open_record(path)
+  shape = {"seeds": names.get("seeds", [0]), "windows": WINDOWS, "groups": GROUPS}
+  assert_same_record(record, to_dataset(reports, steps=range(0, 80, 10), **shape))
+  attrs = record.attrs
+  assert attrs["record_version"] == 1
+  assert (attrs["model"], attrs["lr"], list(attrs["sizes"])) == ("tiny", 0.1, [1, 2])
+  assert (attrs["every"], attrs["source"], attrs["momentum"]) == (1, "updates", 0.9)
+  assert attrs["sketch"] == "count, dim 16384, seed 0"
+  assert list(attrs["sketch_id"]) == np.ravel(states[0][1].trackers["spectral_edge"].counters)[-5:].tolist() or seeds
+  assert {"sedjax_version", "jax_version", "jaxlib_version", "numpy_version", "optax_version"} <= set(attrs)
+  assert {"device", "command", "created"} <= set(attrs)
+  recorder.close()
+
+
+@pytest.mark.parametrize("kept", [0, 4, 10])
+def test_reading_is_lazy_and_takes_any_index(tmp_path, kept):
+  """Of a file and a journal, joined; rows are read only where they are used."""
+  path, plain = tmp_path / "run.nc", tmp_path / "plain.nc"
+  record_numbers(path, range(6))
+  leave_journal(path, range(kept, 10 + kept)) if kept != 4 else leave_journal(path, range(4, 10))
+  record_numbers(plain, [*range(min(kept, 6)), *range(kept, 10 if kept == 4 else 10 + kept)])
+  record, wanted = open_record(path), open_record(plain).load()
+  for key in (
+    {"step": 3},
+    {"step": -1},
+    {"step": slice(2, 9, 3)},
+    {"step": slice(None, None, -1)},
+    {"step": [5, 1, 4, 4]},
+    {"step": []},
+    {"window": 1, "group": [1, 0]},
+    {"step": slice(3, 7), "seed": 0, "window": [1]},
+  ):
+    for name in ("gap_ratio", "ratios", "edge_ambiguous"):
+      xr.testing.assert_identical(record[name].isel(key).load(), wanted[name].isel(key))
+  assert not record._variables["ratios"]._in_memory
+
+
+def test_series_and_events(tmp_path):
+  path = tmp_path / "run.nc"
+  states, _ = run(2)
+  with Recorder(path, tracker=OPTIONS) as recorder:
+    recorder.log(0, loss=jnp.asarray([3.0, 4.0]))  # before the first row
+    recorder.event(0, "began")
+    for i, state in enumerate(states):
+      recorder.append(i, state)
+    recorder.log(3, loss=np.asarray([1.0, np.nan]), rate=0.1)
+    recorder.event(5, "the data shifted")
+    recorder.event(5, "again")
+    recorder.log(7, rate=jnp.float32(0.5))
+    recorder.flush()
+    live = open_record(path).load()
+  record = open_record(path)
+  assert_same_record(live, record)
+  assert record.loss.dims == ("loss_step", "seed")
+  np.testing.assert_array_equal(record.loss, [[3, 4], [1, np.nan]])
+  assert record.loss_step.values.tolist() == [0, 3]
+  assert record.rate.values.tolist() == [0.1, 0.5]
+  assert record.rate_step.values.tolist() == [3, 7]
+  assert record.event.values.tolist() == ["began", "the data shifted", "again"]
+  assert record.event_step.values.tolist() == [0, 5, 5]
+
+
+def test_donated_states_and_no_sync(tmp_path, monkeypatch):
+  """Nothing is fetched on the caller's thread, and buffers may be donated at once."""
+  fetched, device_get = [], jax.device_get
+
+  def spy(x):
+    fetched.append(threading.current_thread().name)
+    return device_get(x)
+
+  tx = sedjax.track_spectral_edge(3)
+  state = tx.init(PARAMS)
+  step = jax.jit(lambda s, scale: tx.update(jax.tree.map(lambda x: x * scale, PARAMS), s)[1], donate_argnums=0)
+  monkeypatch.setattr(jax, "device_get", spy)
+  kept = []
+  with Recorder(tmp_path / "run.nc") as recorder:
+    for i in range(5):
+      state = step(state, jnp.float32(i + 1))
+      kept.append(sedjax.get_reports(state).last_update_norm)
+      with jax.transfer_guard_device_to_host("disallow"):
+        recorder.append(i, state)
+        recorder.log(i, loss=kept[-1][0, 0])
+  assert len(fetched) >= 10
+  assert set(fetched) == {"sedjax record"}
+  record = open_record(tmp_path / "run.nc")
+  np.testing.assert_array_equal(record.last_update_norm.values.ravel(), np.ravel(kept))
+  np.testing.assert_array_equal(record.loss.values, np.ravel(kept))
+
+
+def test_a_state_of_the_core(tmp_path):
+  with Recorder(tmp_path / "run.nc", tracker=OPTIONS) as recorder:
+    recorder.append(0, run()[0][-1][1].trackers["spectral_edge"])
+  assert open_record(tmp_path / "run.nc").group.values.tolist() == list(GROUPS)
+
+
+# ---- going on ----
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_goes_on(tmp_path, killed):
+  path = tmp_path / "run.nc"
+  (leave_journal if killed else record_numbers)(path, range(5), loss=1.0)
+  created = open_record(path).attrs["created"]
+  with recorder_of(path, attrs={"again": 1}) as recorder:
+    recorder.append(7, report_of(7))
+  assert steps_of(path) == [0, 1, 2, 3, 4, 7]
+  record = open_record(path)
+  assert record.loss_step.values.tolist() == [0, 1, 2, 3, 4]
+  assert (record.attrs["again"], record.attrs["created"]) == (1, created)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_going_back_replaces(tmp_path, killed):
+  path = tmp_path / "run.nc"
+  leave = leave_journal if killed else record_numbers
+  with recorder_of(path) as recorder:
+    recorder.event(0, "began")
+    recorder.append(0, report_of(0))
+    recorder.event(5, "is forgotten")
+    recorder.log(6, other=1.0)
+  leave(path, range(1, 8), loss=1.0)
+  leave(path, [4, 6, 9], loss=10.0)
+  assert steps_of(path) == [0, 1, 2, 3, 4, 6, 9]
+  record = open_record(path)
+  assert record.loss.values.tolist() == [1, 2, 3, 40, 60, 90]
+  assert record.event.values.tolist() == ["began"]
+  assert record.sizes["other_step"] == 0
+  record.close()
+  with recorder_of(path):
+    pass  # takes what was left into the file
+  assert not journal_of(path).exists()
+  assert steps_of(path) == [0, 1, 2, 3, 4, 6, 9]
+  assert open_record(path).event.values.tolist() == ["began"]
+
+
+def test_series_can_be_added_to_a_finished_record(tmp_path):
+  path = tmp_path / "run.nc"
+  record_numbers(path, range(5), loss=1.0)
+  with recorder_of(path) as recorder:
+    recorder.log(1, accuracy=0.5)
+    recorder.log(3, loss=7.0)
+    recorder.event(2, "remembered")
+  assert steps_of(path) == [0, 1, 2, 3, 4]
+  record = open_record(path)
+  assert record.accuracy.values.tolist() == [0.5]
+  assert record.loss.values.tolist() == [0, 1, 2, 7]
+  assert record.event_step.values.tolist() == [2]
+
+
+def test_a_kill_between_file_and_journal_duplicates_nothing(tmp_path):
+  path = tmp_path / "run.nc"
+  record_numbers(path, range(6), loss=1.0)
+  leave_journal(path, range(3, 8), loss=2.0)
+  recorder = recorder_of(path)
+  recorder.append(6, report_of(6))
+  recorder.append(8, report_of(8))
+  recorder.event(8, "once")
+  recorder.flush()
+  journal = journal_of(path).read_bytes()
+  recorder.close()
+  wanted = open_record(path).load()
+  journal_of(path).write_bytes(journal)
+  with open_record(path) as both:
+    assert_same_record(both, wanted)
+  with recorder_of(path):
+    pass
+  with open_record(path) as again:
+    assert_same_record(again, wanted)
+  assert steps_of(path) == [0, 1, 2, 3, 4, 5, 6, 8]
+
+
+def test_many_blocks(tmp_path, monkeypatch):
+  """Blocks that do not begin where a chunk does, and steps that are left out."""
+  monkeypatch.setattr(_netcdf, "LONGEST_CHUNK", 4)
+  path = tmp_path / "run.nc"
+  record_numbers(path, range(10))
+  record_numbers(path, range(7, 30, 2))
+  assert steps_of(path) == [*range(7), *range(7, 30, 2)]
+
+
+# ---- damage ----
+
+
+@pytest.fixture(scope="module")
+def small_journal(tmp_path_factory):
+  """A journal's bytes, and where each of its rows ends."""
+  path = tmp_path_factory.mktemp("journal") / "run.nc"
+  leave_journal(path, range(4))
+  with open(journal_of(path), "rb") as file:
+    ends = [at + len(payload) for kind, payload, at in _journal.frames(file) if kind == _journal.ROW]
+  return journal_of(path).read_bytes(), ends
+
+
+def test_a_journal_cut_anywhere_has_the_rows_before(tmp_path, small_journal):
+  data, ends = small_journal
+  path = tmp_path / "run.nc"
+  for length in range(ends[1] - 1, len(data) + 1):
+    journal_of(path).write_bytes(data[:length])
+    with open(journal_of(path), "rb") as file:
+      contents = _journal.read(file)
+    assert [row.step for row in contents.rows] == list(range(sum(end <= length for end in ends))), length
+    if length % 17 == 0 or length in ends:
+      assert steps_of(path) == [row.step for row in contents.rows]
+
+
+def test_a_damaged_byte_leaves_the_rows_before(tmp_path, small_journal):
+  data, ends = small_journal
+  path = tmp_path / "run.nc"
+  for at in range(ends[1], len(data)):
+    damaged = bytearray(data)
+    damaged[at] ^= 0x41
+    journal_of(path).write_bytes(damaged)
+    with open(journal_of(path), "rb") as file:
+      contents = _journal.read(file)
+    assert [row.step for row in contents.rows] == list(range(sum(end <= at for end in ends))), at
+  assert steps_of(path) == [0, 1, 2]
+
+
+def test_a_journal_cut_in_its_first_frame_is_begun_anew(tmp_path, small_journal):
+  path = tmp_path / "run.nc"
+  for length in (0, 1, 8, 9, 100):
+    journal_of(path).write_bytes(small_journal[0][:length])
+    with pytest.raises(FileNotFoundError, match="has no rows yet"):
+      open_record(path)
+    record_numbers(path, [3])
+    assert steps_of(path) == [3]
+    path.unlink()
+
+
+def test_goes_on_after_a_torn_row(tmp_path, small_journal):
+  path = tmp_path / "run.nc"
+  journal_of(path).write_bytes(small_journal[0][:-5])
+  record_numbers(path, [3, 4])
+  assert steps_of(path) == [0, 1, 2, 3, 4]
+
+
+def test_full_disk(tmp_path, monkeypatch):
+  """A row that does not fit leaves nothing of itself, and the next call says so."""
+  path, write = tmp_path / "run.nc", os.write
+  recorder = recorder_of(path)
+  for step in range(3):
+    recorder.append(step, report_of(step))
+  recorder.flush()
+  room = [50]
+
+  def full(fd, data):
+    if room[0] == 0:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    part = data[: room[0]]
+    room[0] -= len(part)
+    return write(fd, part)
+
+  monkeypatch.setattr(_journal.os, "write", full)
+  recorder.append(3, report_of(3))
+  recorder._jobs.join()
+  monkeypatch.undo()
+  words = (
+    r"step 3 could not be written to .*run.nc \(No space left on device\); what was recorded before stays readable"
+  )
+  for call in (lambda: recorder.append(4, report_of(4)), recorder.flush, recorder.close):
+    with pytest.raises(RuntimeError, match=words):
+      call()
+  assert steps_of(path) == [0, 1, 2]
+  record_numbers(path, [3])
+  assert steps_of(path) == [0, 1, 2, 3]
+
+
+def test_no_room_for_the_file(tmp_path, monkeypatch):
+  path = tmp_path / "run.nc"
+  record_numbers(path, range(3))
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with monkeypatch.context() as context:
+    context.setattr(_netcdf, "_extend", full)
+    recorder = recorder_of(path)
+    recorder.append(3, report_of(3))
+    with pytest.raises(RuntimeError, match=r"could not be made .*No space left on device.*stays readable"):
+      recorder.close()
+  assert sorted(os.listdir(tmp_path)) == ["run.nc", "run.nc.journal"]
+  assert steps_of(path) == [0, 1, 2, 3]
+  record_numbers(path, [4])
+  assert steps_of(path) == [0, 1, 2, 3, 4]
+
+
+def kill_writers(folder, kills, seed):
+  command = [sys.executable, "tests/record_worker.py", str(folder), str(kills), str(seed)]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=380, check=False)
+  assert done.returncode == 0, done.stderr
+  counts = json.loads(done.stdout)
+  assert counts["kills"] == kills
+  assert counts["rows reported"] > kills
+  assert counts["with a journal"] > 0
+  return counts
+
+
+def test_killed_writers_lose_no_row(tmp_path):
+  kill_writers(tmp_path, 20, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_many_killed_writers_lose_no_row(tmp_path, seed):
+  counts = kill_writers(tmp_path, 50, seed)
+  assert counts["in the conversion"] > 5
+  assert counts["with a file"] > 5
+
+
+# ---- what bad input gets ----
+
+
+def test_opening_what_is_no_record(tmp_path):
+  with pytest.raises(FileNotFoundError, match="there is no record"):
+    open_record(tmp_path / "none.nc")
+  (tmp_path / "text.nc").write_text("hello" * 100)
+  with pytest.raises(ValueError, match=r"cannot read .*text.nc"):
+    open_record(tmp_path / "text.nc")
+  xr.Dataset({"a": ("x", [1])}).to_netcdf(tmp_path / "other.nc", engine="h5netcdf")
+  for use in (open_record, recorder_of):
+    with pytest.raises(ValueError, match=r"other.nc is not a record"):
+      use(tmp_path / "other.nc")
+  payload = json.dumps({"format": "another"}).encode()
+  journal_of(tmp_path / "run.nc").write_bytes(_journal.frame(_journal.SESSION, payload))
+  with pytest.raises(ValueError, match="does not begin as a sedjax journal"):
+    open_record(tmp_path / "run.nc")
+
+
+def test_a_cut_file_is_refused(tmp_path):
+  path = tmp_path / "run.nc"
+  record_numbers(path, range(3))
+  data = path.read_bytes()
+  for length in (0, 7, 100, len(data) // 2, len(data) - 1):
+    path.write_bytes(data[:length])
+    with pytest.raises(ValueError, match="cannot read"):
+      open_record(path)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_newer_version(tmp_path, monkeypatch, finished):
+  path = tmp_path / "run.nc"
+  monkeypatch.setattr(sedjax.record, "VERSION", 2)
+  (record_numbers if finished else leave_journal)(path, range(3))
+  monkeypatch.undo()
+  for use in (open_record, recorder_of):
+    with pytest.raises(ValueError, match="record of version 2, this library reads up to 1; update sedjax"):
+      use(path)
+
+
+def test_steps_ascend(tmp_path):
+  with recorder_of(tmp_path / "run.nc") as recorder:
+    recorder.append(3, report_of(3))
+    recorder.log(3, loss=1.0)
+    for step in (3, 2):
+      with pytest.raises(ValueError, match=f"steps must ascend, append got {step} after 3"):
+        recorder.append(step, report_of(step))
+      with pytest.raises(ValueError, match=f"steps must ascend, log loss got {step} after 3"):
+        recorder.log(step, loss=1.0)
+    with pytest.raises(ValueError, match="step must be an int in 0"):
+      recorder.append(-1, report_of(0))
+    with pytest.raises(TypeError, match="step must be a Python int, got an array"):
+      recorder.append(jnp.int32(4), report_of(4))
+  assert steps_of(tmp_path / "run.nc") == [3]
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    ({"windows": (3, 6)}, "its windows .* differ"),
+    ({"groups": ("all", "tail")}, "its groups .* differ"),
+    ({"seeds": [5]}, "its seeds .* differ"),
+    ({"tracker": {"sketch": sedjax.sketch.exact()}}, "its sketch id .* differ"),
+  ],
+)
+def test_another_run_is_refused(tmp_path, options, words):
+  path = tmp_path / "run.nc"
+  record_numbers(path, range(3))
+  recorder = Recorder(path, **{"windows": (3, 5), "groups": ("all", "head"), **options})
+  report = report_of(3)
+  if 6 in options.get("windows", ()):
+    report = report._replace(singular_values=np.ones((2, 2, 6)), ratios=np.ones((2, 2, 5)))
+  recorder.append(3, report)
+  with pytest.raises(RuntimeError, match=words):
+    recorder.flush()
+  with pytest.raises(RuntimeError, match=words):
+    recorder.close()
+  assert steps_of(path) == [0, 1, 2]
+
+
+def test_wrong_arguments(tmp_path):
+  path = tmp_path / "run.nc"
+  state = run()[0][-1]
+  with Recorder(path, tracker={"window": 4}) as recorder:
+    with pytest.raises(ValueError, match=r"windows are \(3, 5\), tracker= says \(4,\)"):
+      recorder.append(0, state)
+    with pytest.raises(ValueError, match="no tracker in this optimizer state"):
+      recorder.append(0, {"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match="pass windows=… and groups=…"):
+      recorder.append(0, report_of(0))
+    for name in ("step", "gap_ratio", "event", "loss_step", "a b"):
+      with pytest.raises((ValueError, TypeError), match=r"cannot be named|multiple values"):
+        recorder.log(0, **{name: 1.0})
+    for value in ("high", np.ones((2, 2)), None):
+      with pytest.raises(ValueError, match="loss must be a number or an array over seeds"):
+        recorder.log(0, loss=value)
+  assert not path.exists()
+  with Recorder(path, seeds=[1, 2]) as recorder, pytest.raises(ValueError, match="the state holds 1 seeds"):
+    recorder.append(0, state)
+  with Recorder(path, tracker=OPTIONS) as recorder:
+    with pytest.raises(ValueError, match="called inside jit"):
+      jax.jit(lambda s: recorder.append(0, s))(state)
+    recorder.append(0, state)
+    with pytest.raises(ValueError, match=r"reports' shape was \(3, 2\) and is now \(3, 3, 2\)"):
+      recorder.append(1, run(3)[0][-1])
+    with pytest.raises(ValueError, match="another recorder is writing it"):
+      Recorder(path)
+  with pytest.raises(ValueError, match=r"recorder of .*run.nc is closed"):
+    recorder.append(2, state)
+  with pytest.raises(ValueError, match=r"cannot write .*none/run.nc: No such file"):
+    Recorder(tmp_path / "none" / "run.nc")
+
+
+def test_the_first_error_is_the_one_to_see(tmp_path):
+  def run_and_fail():
+    with recorder_of(tmp_path / "run.nc") as recorder:
+      recorder.append(0, report_of(0))
+      raise KeyError("mine")
+
+  with pytest.raises(KeyError, match="mine"):
+    run_and_fail()
+  assert steps_of(tmp_path / "run.nc") == [0]
+
+
+# ---- sinks ----
+
+
+def test_jsonl_sink(tmp_path):
+  path = tmp_path / "run.jsonl"
+  states, reports = run(3)
+  with Recorder(tmp_path / "run.nc", tracker=OPTIONS, sinks=[sedjax.sinks.JSONL(path)]) as recorder:
+    for step in (6, 7):
+      recorder.append(step, states[step])
+    recorder.log(7, loss=np.asarray([1.0, np.nan, 3.0]), rate=0.5)
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [line["step"] for line in lines] == [6, 7, 7]
+  assert lines[1]["sedjax/gap_ratio/head/w5/seed_1"] == float(reports.gap_ratio[7, 1, 2, 1])
+  assert len(lines[0]) == 1 + 12 * 3 * 3 * 2
+  assert lines[2] == {"step": 7, "loss/seed_0": 1.0, "loss/seed_1": None, "loss/seed_2": 3.0, "rate": 0.5}
+
+
+def test_a_failing_sink_is_named(tmp_path):
+  def broken(*_):
+    raise OSError("gone")
+
+  recorder = recorder_of(tmp_path / "run.nc", sinks=[broken])
+  recorder.append(0, report_of(0))
+  with pytest.raises(RuntimeError, match="the sink function failed: gone"):
+    recorder.flush()
+  with pytest.raises(RuntimeError, match="the sink function failed: gone"):
+    recorder.close()
+  assert steps_of(tmp_path / "run.nc") == [0]
+
+
+def test_tensorboard_sink(tmp_path):
+  pytest.importorskip("tensorboardX")
+  from tensorboardX.proto import event_pb2
+
+  state = run()[0][-1]
+  with Recorder(tmp_path / "run.nc", tracker=OPTIONS, sinks=[sedjax.sinks.TensorBoard(tmp_path / "board")]) as recorder:
+    recorder.append(5, state)
+    recorder.log(5, loss=0.5)
+  (file,) = (tmp_path / "board").iterdir()
+  data, found, at = file.read_bytes(), {}, 0
+  while at < len(data):  # length, its check sum, an event, its check sum
+    length = int.from_bytes(data[at : at + 8], "little")
+    event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+    found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+    at += 16 + length
+  assert found["loss"] == (5, 0.5)
+  wanted = float(sedjax.get_report(state, group="head", window=3).gap_ratio)
+  assert found["sedjax/gap_ratio/head/w3"] == (5, pytest.approx(wanted))
+
+
+def test_wandb_sink_offline(tmp_path, monkeypatch):
+  wandb = pytest.importorskip("wandb")
+  monkeypatch.setenv("WANDB_SILENT", "true")
+  with wandb.init(project="sedjax", mode="offline", dir=tmp_path) as logged:
+    with Recorder(tmp_path / "run.nc", tracker=OPTIONS, sinks=[sedjax.sinks.WandB(logged)]) as recorder:
+      for step, state in enumerate(run()[0]):
+        recorder.append(step, state)
+      recorder.log(7, loss=0.5)
+    assert logged.summary["sedjax/step"] == 7
+    assert logged.summary["loss"] == 0.5
+    wanted = float(sedjax.get_report(state, group="head", window=3).gap_ratio)
+    assert logged.summary["sedjax/gap_ratio/head/w3"] == wanted
+  with pytest.raises(TypeError, match=r"run must be what wandb.init returned, got dict"):
+    sedjax.sinks.WandB({})
+
+
+@pytest.mark.parametrize(
+  ("sink", "module", "extra"), [("TensorBoard", "tensorboardX", "tensorboard"), ("WandB", "wandb", "wandb")]
+)
+def test_a_sink_names_its_extra(tmp_path, monkeypatch, sink, module, extra):
+  monkeypatch.setitem(sys.modules, module, None)
+  with pytest.raises(ImportError, match=rf"sedjax\[{extra}\]"):
+    getattr(sedjax.sinks, sink)(tmp_path)
