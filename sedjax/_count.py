@@ -102,12 +102,19 @@ class _Plan(NamedTuple):
 
 def mix(x: Any) -> Any:
   """A bijection of uint32 in which every output bit depends on every input bit (for jax and NumPy arrays)."""
+  return _mix(x) if isinstance(x, np.ndarray | np.generic) else _traced_mix(x)
+
+
+def _mix(x: Any) -> Any:
   with np.errstate(over="ignore"):
     x = x ^ (x >> 16)
     x = x * np.uint32(0x7FEB352D)
     x = x ^ (x >> 15)
     x = x * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
+
+
+_traced_mix = jax.jit(_mix, inline=True)  # traced once for each shape
 
 
 def path_key(path: str, seed: int) -> np.uint32:
@@ -162,6 +169,7 @@ def _as_uint(x: jax.Array) -> jax.Array:
   return lax.bitcast_convert_type(x, jnp.uint32)
 
 
+@functools.partial(jax.jit, inline=True)
 def _flip(x: jax.Array, bits: Any) -> jax.Array:
   """x with its sign flipped where the highest bit of `bits` (uint32) is set."""
   size = x.dtype.itemsize
@@ -207,20 +215,6 @@ def part_of(x: jax.Array, part: int | None, grid: Any) -> jax.Array:
   return (x - coarse if part else coarse).astype(jnp.float32)
 
 
-def _add_flat(row: jax.Array, flat: jax.Array, offset: int, zero: jax.Array) -> jax.Array:
-  """Adds `flat` to `row` from `offset` on, around its end as often as need be; `zero` is one that XLA does not know."""
-  done = 0
-  while done < flat.size:
-    at = (offset + done) % row.size
-    size = min(row.size - at, flat.size - done)
-    # Where it knows the place XLA writes a new row; a slice that is read and written at an unknown place stays there.
-    place = lax.bitcast_convert_type(np.uint32(at) + zero, jnp.int32)
-    new = lax.dynamic_slice(row, (place,), (size,)) + lax.slice(flat, (done,), (done + size,))
-    row = lax.dynamic_update_slice(row, new, (place,))
-    done += size
-  return row
-
-
 # ---- strided form ----
 
 
@@ -245,9 +239,13 @@ def _strided_sums(
 
 @functools.partial(jax.jit, static_argnames=("row", "count", "plan", "part"))  # leaves of one shape are traced once
 def _block_sums(
-  x: Any, keys: Any, columns: Any, grid: Any, zero: Any, *, row: int, count: int, plan: _Plan, part: int | None
+  x: Any, keys: Any, columns: Any, grid: Any, apart: Any, *, row: int, count: int, plan: _Plan, part: int | None
 ) -> jax.Array:
-  """float32[min(count, g) * n]: sums of `count` buckets' worth of rows from `row` on, which falls into bucket 0."""
+  """float32[min(count, g) * n]: sums of `count` buckets' worth of rows from `row` on, which falls into bucket 0.
+
+  `apart` is true: a branch that is always taken, as XLA cannot know, keeps its CPU compiler from making the sums where
+  they are used, index by index of a flat array.
+  """
   # XLA repeats what is done to every slice in the kernel up to 15 times; more often, it would store the whole leaf.
   stride = min(_STRIDE if part in (None, WIDE) and x.dtype == jnp.float32 else _STRIDE // 2, plan.per_bucket)
   per_bucket = plan.per_bucket // stride
@@ -259,13 +257,9 @@ def _block_sums(
   def kernel() -> jax.Array:
     return _strided_sums(x, row, count * per_bucket, keys, columns, stride, part, grid)
 
-  # A branch that is always taken keeps XLA from making the sums where they are used, index by index of a flat array.
-  sums = lax.cond(zero == 0, kernel, lambda: jnp.zeros((count * per_bucket, x.shape[1]), _dtype(part)))
+  sums = lax.cond(apart, kernel, lambda: jnp.zeros((count * per_bucket, x.shape[1]), _dtype(part)))
   sums = sums.reshape(count, per_bucket, x.shape[1]).sum(1) if per_bucket > 1 else sums
-  # Laps are added slice by slice: XLA hands sums over the leading axis to a library that is slow where they are long.
-  flat, lap = sums.reshape(-1), plan.buckets * x.shape[1]
-  flat = lax.pad(flat, flat.dtype.type(0), ((0, -flat.size % lap if flat.size > lap else 0, 0),))
-  return functools.reduce(jnp.add, (flat[at : at + lap] for at in range(0, flat.size, lap)))
+  return _folded(sums.reshape(-1), plan.buckets * x.shape[1])
 
 
 def _last_rows(x: jax.Array, row: int, keys: Any, columns: Any, part: Any, grid: Any) -> jax.Array:
@@ -278,9 +272,10 @@ def _last_rows(x: jax.Array, row: int, keys: Any, columns: Any, part: Any, grid:
 class _Rows:
   """Rows under construction; starts new work only after earlier work is done, to bound what is alive."""
 
-  def __init__(self, labels: int, dim: int, zero: jax.Array, dtype: Any = jnp.float32):
-    self.zero = zero
-    self.rows = [jnp.zeros((dim,), dtype) for _ in range(labels)]
+  def __init__(self, labels: int, dim: int, dtype: Any = jnp.float32):
+    # Twice as long, so that whatever is added lies in one piece.
+    self.rows = [jnp.zeros((2 * dim,), dtype) for _ in range(labels)]
+    self._dim = dim
     self._alive = 0
     self._last: jax.Array | None = None
     self._wait: Any = np.uint32(0)
@@ -293,25 +288,70 @@ class _Rows:
     self._alive += size
     return keys ^ self._wait
 
-  def add(self, group: int, flat: jax.Array, offset: int) -> None:
-    self.rows[group] = self._last = _add_flat(self.rows[group], flat, offset, self.zero)
+  def add(self, group: int, flat: jax.Array, place: Any) -> None:
+    """Adds `flat` from `place` (int32[], below the dimension) on, around the end as often as need be."""
+    row, flat = self.rows[group], _folded(flat, self._dim)
+    new = lax.dynamic_slice(row, (place,), flat.shape) + flat
+    self.rows[group] = self._last = lax.dynamic_update_slice(row, new, (place,))
+
+  def folded(self) -> list[jax.Array]:
+    """The rows, as long as they are to be."""
+    return [row[: self._dim] + row[self._dim :] for row in self.rows]
 
 
-def _add_strided(rows: _Rows, group: int, piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> None:
+def _folded(flat: jax.Array, size: int) -> jax.Array:
+  """The sum of laps of `size` numbers each, the last of which may be shorter; `flat` itself where there is one.
+
+  Slice by slice: XLA hands sums over the leading axis of a matrix to a library that is slow where they are long.
+  """
+  if flat.size <= size:
+    return flat
+  flat = lax.pad(flat, flat.dtype.type(0), ((0, -flat.size % size, 0),))
+  return functools.reduce(jnp.add, (flat[at : at + size] for at in range(0, flat.size, size)))
+
+
+class _Strided(NamedTuple):
+  """A leaf, and where its sums go."""
+
+  x: jax.Array  # [plan.rows, plan.columns]
+  plan: _Plan
+  columns: Any  # uint32[n], hashes
+  keys: Any  # uint32[ceil(m / 32)], hashes
+  group: int
+
+  def places(self, dim: int) -> tuple[int, int]:
+    """Of the first bucket, and of the one that is not full."""
+    whole = self.plan.rows // self.plan.per_bucket
+    return self.plan.offset, (self.plan.offset + whole % self.plan.buckets * self.plan.columns) % dim
+
+
+def _strided(piece: Piece, group: int, dim: int, seed: int) -> _Strided:
   plan = _plan(piece, piece.array.shape, dim, seed)
   if piece.hashes is None:
     columns = index_hash(_indices(plan.columns), plan.key)
     keys = index_hash(_indices(-(-plan.rows // _HASH_ROWS)), ~plan.key)
   else:
     columns, keys = piece.hashes.columns, piece.hashes.rows
-  x = piece.array.reshape(plan.rows, plan.columns)
+  return _Strided(piece.array.reshape(plan.rows, plan.columns), plan, columns, keys, group)
+
+
+def _unknown(condition: Any, numbers: list[int]) -> list[Any]:
+  """int32[] each: the numbers, as XLA cannot know, where `condition` is true.
+
+  Where it knew the place, it would write a new row instead of a part of the old one. And kernels that differ in nothing
+  but their arguments are compiled once.
+  """
+  known = [np.int32(number) for number in numbers]
+  return list(lax.cond(condition, lambda: known, lambda: [np.int32(0)] * len(known)))
+
+
+def _add_strided(rows: _Rows, leaf: _Strided, places: tuple[Any, Any], part: Any, grid: Any, apart: Any) -> None:
+  x, plan, columns, keys, group = leaf
   if plan.per_bucket == 1 and x.size <= _TABLE:  # no sums to make; signs as a constant cost less than hashes
     row = np.arange(plan.rows, dtype=np.uint32)
     bits = mix(keys[row // _HASH_ROWS][:, None] ^ columns) << (np.uint32(31) - row % np.uint32(_HASH_ROWS))[:, None]
     signed = _flip(part_of(x.reshape(-1), part, grid), bits.reshape(-1))
-    for first in range(0, plan.rows, plan.buckets):
-      last = min(first + plan.buckets, plan.rows)
-      rows.add(group, lax.slice(signed, (first * plan.columns,), (last * plan.columns,)), plan.offset)
+    rows.add(group, _folded(signed, plan.buckets * plan.columns), places[0])
     return
   shared = plan._replace(key=np.uint32(0), offset=0)
   whole = plan.rows // plan.per_bucket
@@ -321,12 +361,28 @@ def _add_strided(rows: _Rows, group: int, piece: Piece, dim: int, seed: int, par
     count = min(most, whole - done)
     row = done * plan.per_bucket
     waiting = rows.after_earlier_work(keys, 2 * count * plan.columns * max(1, plan.per_bucket // _STRIDE))
-    sums = _block_sums(x, waiting, columns, grid, rows.zero, row=row, count=count, plan=shared, part=part)
-    rows.add(group, sums, plan.offset)
+    sums = _block_sums(x, waiting, columns, grid, apart, row=row, count=count, plan=shared, part=part)
+    rows.add(group, sums, places[0])
     done += count
   if whole * plan.per_bucket < plan.rows:
     sums = _last_rows(x, whole * plan.per_bucket, keys, columns, part, grid)
-    rows.add(group, sums, plan.offset + whole % plan.buckets * plan.columns)
+    rows.add(group, sums, places[1])
+
+
+def _strided_rows(
+  pieces: Sequence[Piece], groups: Sequence[int], labels: int, dim: int, seed: int, part: Any, grid: Any
+) -> list[jax.Array]:
+  """`count_rows` of whole leaves."""
+  leaves = [_strided(piece, group, dim, seed) for piece, group in zip(pieces, groups, strict=True)]
+  some = pieces[0].array if pieces else grid
+  zero = _shared_zero_of(some[(0,) * some.ndim].astype(jnp.float32))
+  # Elsewhere the branches are left out at once: on GPU the host would wait for each condition.
+  apart = lax.platform_dependent(zero, cpu=lambda zero: zero == 0, default=lambda _: jnp.bool_(True))
+  places = _unknown(apart, [place for leaf in leaves for place in leaf.places(dim)])
+  rows = _Rows(labels, dim, _dtype(part))
+  for leaf, first, last in zip(leaves, places[::2], places[1::2], strict=True):
+    _add_strided(rows, leaf, (first, last), part, grid, apart)
+  return rows.folded()
 
 
 # ---- indexed form ----
@@ -445,11 +501,8 @@ def count_rows(
   grid = jnp.float32(1) if grid is None else grid
 
   def strided(arrays: list[jax.Array], grid: Any) -> list[jax.Array]:
-    first = arrays[0][(0,) * arrays[0].ndim] if arrays else grid
-    rows = _Rows(labels, dim, _shared_zero_of(first.astype(jnp.float32)), _dtype(part))
-    for piece, group, array in zip(pieces, groups, arrays, strict=True):
-      _add_strided(rows, group, piece._replace(array=array), dim, seed, part, grid)
-    return rows.rows
+    placed = [piece._replace(array=array) for piece, array in zip(pieces, arrays, strict=True)]
+    return _strided_rows(placed, groups, labels, dim, seed, part, grid)
 
   def indexed(arrays: list[jax.Array], grid: Any) -> list[jax.Array]:
     terms: list[list[tuple[int, jax.Array]]] = [[] for _ in range(labels)]

@@ -575,9 +575,8 @@ def test_sketches_by_hashes_are_those_by_path(shape, dtype):
   hashes = sketch.hashes(path, shape)
   with jax.enable_x64(True):
     piece = _count.Piece("", jnp.asarray(x), hashes=hashes)
-    rows = _count._Rows(1, dim, jnp.uint32(0), jnp.float64)
-    _count._add_strided(rows, 0, piece, dim, 2, _count.WIDE, None)
-    found = [np.asarray(rows.rows[0]), np.asarray(sketch.rows([piece], [0], 1, _count.WIDE)[0])]
+    rows = _count._strided_rows([piece], [0], 1, dim, 2, _count.WIDE, None)
+    found = [np.asarray(rows[0]), np.asarray(sketch.rows([piece], [0], 1, _count.WIDE)[0])]
   if x.ndim < 2:
     found.append(_count.vector_row(x, hashes, dim))
   for row in found:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sedjax
-from sedjax._count import Piece, _add_strided, _indexed_term, _Rows, _sum_terms
+from sedjax._count import Piece, _indexed_term, _strided_rows, _sum_terms
 
 
 def scalar_definition(path, x, dim, seed, start=None, shape=None):
@@ -118,9 +118,7 @@ def test_golden_values_of_count(case, checksum):
 
 def strided(path, x, dim):
   """The form of one CPU or GPU."""
-  rows = _Rows(1, dim, jnp.uint32(0))
-  _add_strided(rows, 0, Piece(path, x), dim, 0, None, jnp.float32(1))
-  return rows.rows[0]
+  return _strided_rows([Piece(path, x)], [0], 1, dim, 0, None, jnp.float32(1))[0]
 
 
 def indexed(pieces, dim):
