@@ -262,6 +262,12 @@ def _block_sums(
   return _folded(sums.reshape(-1), plan.buckets * x.shape[1])
 
 
+@functools.partial(jax.jit, static_argnames=("lap", "part"))
+def _table_sums(x: jax.Array, bits: Any, grid: Any, *, lap: int, part: int | None) -> jax.Array:
+  """float32[min(m * n, lap)]: the sum of laps of signed numbers, whose signs are the highest of `bits`."""
+  return _folded(_flip(part_of(x.reshape(-1), part, grid), bits.reshape(-1)), lap)
+
+
 def _last_rows(x: jax.Array, row: int, keys: Any, columns: Any, part: Any, grid: Any) -> jax.Array:
   """float32[n]: the sum of fewer than 32 rows that share a hash, from `row` to the end."""
   shift = np.arange(row, x.shape[0], dtype=np.uint32) % np.uint32(_HASH_ROWS)
@@ -290,13 +296,16 @@ class _Rows:
 
   def add(self, group: int, flat: jax.Array, place: Any) -> None:
     """Adds `flat` from `place` (int32[], below the dimension) on, around the end as often as need be."""
-    row, flat = self.rows[group], _folded(flat, self._dim)
-    new = lax.dynamic_slice(row, (place,), flat.shape) + flat
-    self.rows[group] = self._last = lax.dynamic_update_slice(row, new, (place,))
+    self.rows[group] = self._last = _added(self.rows[group], _folded(flat, self._dim), place)
 
   def folded(self) -> list[jax.Array]:
     """The rows, as long as they are to be."""
     return [row[: self._dim] + row[self._dim :] for row in self.rows]
+
+
+@jax.jit
+def _added(row: jax.Array, flat: jax.Array, place: Any) -> jax.Array:
+  return lax.dynamic_update_slice(row, lax.dynamic_slice(row, (place,), flat.shape) + flat, (place,))
 
 
 def _folded(flat: jax.Array, size: int) -> jax.Array:
@@ -350,8 +359,7 @@ def _add_strided(rows: _Rows, leaf: _Strided, places: tuple[Any, Any], part: Any
   if plan.per_bucket == 1 and x.size <= _TABLE:  # no sums to make; signs as a constant cost less than hashes
     row = np.arange(plan.rows, dtype=np.uint32)
     bits = mix(keys[row // _HASH_ROWS][:, None] ^ columns) << (np.uint32(31) - row % np.uint32(_HASH_ROWS))[:, None]
-    signed = _flip(part_of(x.reshape(-1), part, grid), bits.reshape(-1))
-    rows.add(group, _folded(signed, plan.buckets * plan.columns), places[0])
+    rows.add(group, _table_sums(x, bits, grid, lap=plan.buckets * plan.columns, part=part), places[0])
     return
   shared = plan._replace(key=np.uint32(0), offset=0)
   whole = plan.rows // plan.per_bucket
@@ -390,17 +398,27 @@ def _strided_rows(
 
 def _bucket_sums(piece: Piece, plan: _Plan, most: int, part: Any, grid: Any) -> jax.Array:
   """float32[g, n]: bucket sums of a leaf or block; one contraction gives at most `most` of the g."""
-  x, row = piece.array, piece.row_index()
-  bits = mix(index_hash(row >> 5, ~plan.key)[..., None] ^ jnp.asarray(index_hash(piece.column_index(), plan.key)))
-  signed = _flip(part_of(x, part, grid), bits << (np.uint32(31) - row % np.uint32(_HASH_ROWS))[..., None])
+  row = piece.row_index()
+  keys, columns = index_hash(row >> 5, ~plan.key), index_hash(piece.column_index(), plan.key)
+  shift = np.uint32(31) - row % np.uint32(_HASH_ROWS)
+  bucket = row // np.uint32(plan.per_bucket) % np.uint32(plan.buckets)
+  hashes = keys, columns, shift, bucket
+  return _hashed_bucket_sums(piece.array, hashes, grid, buckets=plan.buckets, most=most, part=part)
+
+
+@functools.partial(jax.jit, static_argnames=("buckets", "most", "part"))  # leaves of one shape are traced once
+def _hashed_bucket_sums(
+  x: jax.Array, hashes: tuple[Any, ...], grid: Any, *, buckets: int, most: int, part: int | None
+) -> jax.Array:
+  keys, columns, shift, bucket = hashes
+  signed = _flip(part_of(x, part, grid), mix(keys[..., None] ^ columns) << shift[..., None])
   leading = tuple(range(x.ndim - 1))
-  if plan.buckets == 1:
+  if buckets == 1:
     return signed.sum(leading)[None]
-  bucket = (row // np.uint32(plan.per_bucket) % np.uint32(plan.buckets))[..., None]
   sums = []
-  for first in range(0, plan.buckets, most):
-    wanted = np.arange(first, min(first + most, plan.buckets), dtype=np.uint32)
-    one_hot = (jnp.asarray(bucket) == wanted).astype(signed.dtype)
+  for first in range(0, buckets, most):
+    wanted = np.arange(first, min(first + most, buckets), dtype=np.uint32)
+    one_hot = (bucket[..., None] == wanted).astype(signed.dtype)
     sums.append(lax.dot_general(one_hot, signed, ((leading, leading), ((), ())), lax.Precision.HIGHEST))
   return jnp.concatenate(sums)
 
