@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -218,93 +218,51 @@ def part_of(x: jax.Array, part: int | None, grid: Any) -> jax.Array:
 # ---- strided form ----
 
 
+@functools.partial(jax.jit, static_argnames=("row", "count", "stride", "part"))  # leaves of one shape are traced once
 def _strided_sums(
-  x: jax.Array, row: int, count: int, keys: Any, columns: Any, stride: int, part: Any, grid: Any
-) -> Any:
-  """float32[count, n]: sums of `stride` signed rows each, from `row` on; `keys` are the hashes of their rows."""
-  first = lax.iota(jnp.uint32, count) * np.uint32(stride) + np.uint32(row % _HASH_ROWS)
-  bits = mix(keys[:, None] ^ columns[None, :]) << (np.uint32(32 - stride) - first % _HASH_ROWS)[:, None]
+  x: Any, keys: Any, columns: Any, grid: Any, *, row: int, count: int, stride: int, part: int | None
+) -> jax.Array:
+  """float32[count, n]: sums of `stride` signed rows each, from `row` on, a multiple of 32; `keys` are of all rows."""
+  first, last = row // _HASH_ROWS, -(-(row + count * stride) // _HASH_ROWS)
+  keys = jnp.broadcast_to(lax.slice(keys, (first,), (last,))[:, None], (last - first, _HASH_ROWS // stride))
+  keys = keys.reshape(-1)[:count]
+  shift = np.uint32(32 - stride) - lax.iota(jnp.uint32, count) * np.uint32(stride) % _HASH_ROWS
+  bits = mix(keys[:, None] ^ columns[None, :]) << shift[:, None]
   # The first row's sign is taken out of the sum: XLA hands sums that end in an addition to a library, which would
   # have every signed row stored.
   sign = bits << np.uint32(stride - 1)
   bits = jnp.where(sign >= _SIGN, ~bits, bits)
+  # Shifted by one at a time, which takes the fewest operations to compile.
+  shifted, one = [bits], jnp.full(bits.shape, np.uint32(1))
+  for _ in range(stride - 1):
+    shifted.append(lax.shift_left(shifted[-1], one))
   sums: list[Any] = [None] * min(4, stride)  # shorter chains of dependent additions
   for i in range(stride):
     each = lax.slice(x, (row + i, 0), (row + i + stride * (count - 1) + 1, x.shape[1]), (stride, 1))
     # Signs first: what is done to all slices alike XLA would rather do to the whole leaf, which is then stored.
-    each = part_of(_flip(each, bits << np.uint32(stride - 1 - i)) if i else each, part, grid)
+    each = part_of(_flip(each, shifted[stride - 1 - i]) if i else each, part, grid)
     sums[i % 4] = each if sums[i % 4] is None else sums[i % 4] + each
   return _flip(functools.reduce(jnp.add, sums), sign)
 
 
-@functools.partial(jax.jit, static_argnames=("row", "count", "plan", "part"))  # leaves of one shape are traced once
-def _block_sums(
-  x: Any, keys: Any, columns: Any, grid: Any, apart: Any, *, row: int, count: int, plan: _Plan, part: int | None
-) -> jax.Array:
-  """float32[min(count, g) * n]: sums of `count` buckets' worth of rows from `row` on, which falls into bucket 0.
-
-  `apart` is true: a branch that is always taken, as XLA cannot know, keeps its CPU compiler from making the sums where
-  they are used, index by index of a flat array.
-  """
-  # XLA repeats what is done to every slice in the kernel up to 15 times; more often, it would store the whole leaf.
-  stride = min(_STRIDE if part in (None, WIDE) and x.dtype == jnp.float32 else _STRIDE // 2, plan.per_bucket)
-  per_bucket = plan.per_bucket // stride
-  first = row // _HASH_ROWS
-  last = -(-(row + count * plan.per_bucket) // _HASH_ROWS)
-  keys = jnp.broadcast_to(lax.slice(keys, (first,), (last,))[:, None], (last - first, _HASH_ROWS // stride))
-  keys = keys.reshape(-1)[: count * per_bucket]
-
-  def kernel() -> jax.Array:
-    return _strided_sums(x, row, count * per_bucket, keys, columns, stride, part, grid)
-
-  sums = lax.cond(apart, kernel, lambda: jnp.zeros((count * per_bucket, x.shape[1]), _dtype(part)))
-  sums = sums.reshape(count, per_bucket, x.shape[1]).sum(1) if per_bucket > 1 else sums
-  return _folded(sums.reshape(-1), plan.buckets * x.shape[1])
-
-
-@functools.partial(jax.jit, static_argnames=("lap", "part"))
-def _table_sums(x: jax.Array, bits: Any, grid: Any, *, lap: int, part: int | None) -> jax.Array:
-  """float32[min(m * n, lap)]: the sum of laps of signed numbers, whose signs are the highest of `bits`."""
-  return _folded(_flip(part_of(x.reshape(-1), part, grid), bits.reshape(-1)), lap)
+@functools.partial(jax.jit, static_argnames="part")
+def _signed(x: jax.Array, bits: Any, grid: Any, *, part: int | None) -> jax.Array:
+  return _flip(part_of(x, part, grid), bits)
 
 
 def _last_rows(x: jax.Array, row: int, keys: Any, columns: Any, part: Any, grid: Any) -> jax.Array:
-  """float32[n]: the sum of fewer than 32 rows that share a hash, from `row` to the end."""
+  """float32[1, n]: the sum of fewer than 32 rows that share a hash, from `row` to the end."""
   shift = np.arange(row, x.shape[0], dtype=np.uint32) % np.uint32(_HASH_ROWS)
   bits = mix(keys[row // _HASH_ROWS] ^ columns)[None, :] << (np.uint32(31) - shift)[:, None]
-  return _flip(part_of(x[row:], part, grid), bits).sum(0)
+  return _flip(part_of(x[row:], part, grid), bits).sum(0, keepdims=True)
 
 
-class _Rows:
-  """Rows under construction; starts new work only after earlier work is done, to bound what is alive."""
-
-  def __init__(self, labels: int, dim: int, dtype: Any = jnp.float32):
-    # Twice as long, so that whatever is added lies in one piece.
-    self.rows = [jnp.zeros((2 * dim,), dtype) for _ in range(labels)]
-    self._dim = dim
-    self._alive = 0
-    self._last: jax.Array | None = None
-    self._wait: Any = np.uint32(0)
-
-  def after_earlier_work(self, keys: Any, size: int) -> Any:
-    """`keys`, unchanged, but on paper dependent on earlier rows when `size` more numbers would be too many alive."""
-    if self._alive + size > _ALIVE and self._last is not None:
-      self._wait = _shared_zero_of(self._last.astype(jnp.float32))
-      self._alive, self._last = 0, None
-    self._alive += size
-    return keys ^ self._wait
-
-  def add(self, group: int, flat: jax.Array, place: Any) -> None:
-    """Adds `flat` from `place` (int32[], below the dimension) on, around the end as often as need be."""
-    self.rows[group] = self._last = _added(self.rows[group], _folded(flat, self._dim), place)
-
-  def folded(self) -> list[jax.Array]:
-    """The rows, as long as they are to be."""
-    return [row[: self._dim] + row[self._dim :] for row in self.rows]
-
-
-@jax.jit
-def _added(row: jax.Array, flat: jax.Array, place: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("parts", "buckets"))
+def _added(row: jax.Array, sums: jax.Array, place: Any, *, parts: int, buckets: int) -> jax.Array:
+  """`row`, in two laps, with the sums of a `_Term` added."""
+  if parts > 1:
+    sums = sums.reshape(-1, parts, sums.shape[1]).sum(1)
+  flat = _folded(_folded(sums.reshape(-1), buckets * sums.shape[1]), row.size // 2)
   return lax.dynamic_update_slice(row, lax.dynamic_slice(row, (place,), flat.shape) + flat, (place,))
 
 
@@ -319,78 +277,94 @@ def _folded(flat: jax.Array, size: int) -> jax.Array:
   return functools.reduce(jnp.add, (flat[at : at + size] for at in range(0, flat.size, size)))
 
 
-class _Strided(NamedTuple):
-  """A leaf, and where its sums go."""
+class _Term(NamedTuple):
+  """Something to be added to a row."""
 
-  x: jax.Array  # [plan.rows, plan.columns]
-  plan: _Plan
-  columns: Any  # uint32[n], hashes
-  keys: Any  # uint32[ceil(m / 32)], hashes
+  sums: Callable[[Any], jax.Array]  # of a uint32[] 0; its result [m, n] is stored before it is added, or is small
+  alive: int  # how many numbers are stored then; 0 where it is small
   group: int
-
-  def places(self, dim: int) -> tuple[int, int]:
-    """Of the first bucket, and of the one that is not full."""
-    whole = self.plan.rows // self.plan.per_bucket
-    return self.plan.offset, (self.plan.offset + whole % self.plan.buckets * self.plan.columns) % dim
+  place: Any  # in the row, below its length
+  parts: int  # rows of `sums` that make one bucket
+  buckets: int  # after which `sums` begins anew at `place`
 
 
-def _strided(piece: Piece, group: int, dim: int, seed: int) -> _Strided:
+def _strided_terms(piece: Piece, group: int, dim: int, seed: int, part: Any, grid: Any) -> Iterator[_Term]:
   plan = _plan(piece, piece.array.shape, dim, seed)
   if piece.hashes is None:
     columns = index_hash(_indices(plan.columns), plan.key)
     keys = index_hash(_indices(-(-plan.rows // _HASH_ROWS)), ~plan.key)
   else:
     columns, keys = piece.hashes.columns, piece.hashes.rows
-  return _Strided(piece.array.reshape(plan.rows, plan.columns), plan, columns, keys, group)
-
-
-def _unknown(condition: Any, numbers: list[int]) -> list[Any]:
-  """int32[] each: the numbers, as XLA cannot know, where `condition` is true.
-
-  Where it knew the place, it would write a new row instead of a part of the old one. And kernels that differ in nothing
-  but their arguments are compiled once.
-  """
-  known = [np.int32(number) for number in numbers]
-  return list(lax.cond(condition, lambda: known, lambda: [np.int32(0)] * len(known)))
-
-
-def _add_strided(rows: _Rows, leaf: _Strided, places: tuple[Any, Any], part: Any, grid: Any, apart: Any) -> None:
-  x, plan, columns, keys, group = leaf
+  x = piece.array.reshape(plan.rows, plan.columns)
+  term = functools.partial(_Term, group=group, place=plan.offset, parts=1, buckets=plan.buckets)
   if plan.per_bucket == 1 and x.size <= _TABLE:  # no sums to make; signs as a constant cost less than hashes
     row = np.arange(plan.rows, dtype=np.uint32)
     bits = mix(keys[row // _HASH_ROWS][:, None] ^ columns) << (np.uint32(31) - row % np.uint32(_HASH_ROWS))[:, None]
-    rows.add(group, _table_sums(x, bits, grid, lap=plan.buckets * plan.columns, part=part), places[0])
+    yield term(lambda _: _signed(x, bits & _SIGN, grid, part=part), 0)
     return
-  shared = plan._replace(key=np.uint32(0), offset=0)
+  # XLA repeats what is done to every slice in the kernel up to 15 times; more often, it would store the whole leaf.
+  stride = min(_STRIDE if part in (None, WIDE) and x.dtype == jnp.float32 else _STRIDE // 2, plan.per_bucket)
   whole = plan.rows // plan.per_bucket
   most = max(1, _ALIVE * _STRIDE // (plan.per_bucket * plan.buckets * plan.columns)) * plan.buckets
-  done = 0
-  while done < whole:
+  for done in range(0, whole, most):
     count = min(most, whole - done)
-    row = done * plan.per_bucket
-    waiting = rows.after_earlier_work(keys, 2 * count * plan.columns * max(1, plan.per_bucket // _STRIDE))
-    sums = _block_sums(x, waiting, columns, grid, apart, row=row, count=count, plan=shared, part=part)
-    rows.add(group, sums, places[0])
-    done += count
+
+    def sums(zero: Any, row: int = done * plan.per_bucket, count: int = count * plan.per_bucket // stride) -> jax.Array:
+      return _strided_sums(x, keys ^ zero, columns, grid, row=row, count=count, stride=stride, part=part)
+
+    alive = 2 * count * plan.columns * max(1, plan.per_bucket // _STRIDE)
+    yield term(sums, alive, parts=plan.per_bucket // stride)
   if whole * plan.per_bucket < plan.rows:
-    sums = _last_rows(x, whole * plan.per_bucket, keys, columns, part, grid)
-    rows.add(group, sums, places[1])
+    place = (plan.offset + whole % plan.buckets * plan.columns) % dim
+    yield term(lambda _: _last_rows(x, whole * plan.per_bucket, keys, columns, part, grid), 0, place=place)
+
+
+def _branch(condition: Any, results: Callable[[], list[Any]]) -> list[Any]:
+  """The results, where the condition is true."""
+  shapes = jax.eval_shape(results)
+  return lax.cond(condition, results, lambda: [jnp.zeros(x.shape, x.dtype) for x in shapes]) if shapes else []
+
+
+def _waves(terms: list[_Term]) -> list[list[_Term]]:
+  """The terms in order, in lots that may be alive together."""
+  waves: list[list[_Term]] = [[]]
+  alive = 0
+  for term in terms:
+    if waves[-1] and alive + term.alive > _ALIVE:
+      waves.append([])
+      alive = 0
+    waves[-1].append(term)
+    alive += term.alive
+  return waves
 
 
 def _strided_rows(
   pieces: Sequence[Piece], groups: Sequence[int], labels: int, dim: int, seed: int, part: Any, grid: Any
 ) -> list[jax.Array]:
   """`count_rows` of whole leaves."""
-  leaves = [_strided(piece, group, dim, seed) for piece, group in zip(pieces, groups, strict=True)]
+  terms = [
+    term
+    for piece, group in zip(pieces, groups, strict=True)
+    for term in _strided_terms(piece, group, dim, seed, part, grid)
+  ]
   some = pieces[0].array if pieces else grid
   zero = _shared_zero_of(some[(0,) * some.ndim].astype(jnp.float32))
-  # Elsewhere the branches are left out at once: on GPU the host would wait for each condition.
+  # Branches that are always taken, as XLA cannot know. Its CPU compiler would make sums where they are used, index by
+  # index of a flat array; and where it knew the place it would write a new row, instead of a part of the old one. On
+  # GPU, whose host would wait for the condition, the branches are left out at once.
   apart = lax.platform_dependent(zero, cpu=lambda zero: zero == 0, default=lambda _: jnp.bool_(True))
-  places = _unknown(apart, [place for leaf in leaves for place in leaf.places(dim)])
-  rows = _Rows(labels, dim, _dtype(part))
-  for leaf, first, last in zip(leaves, places[::2], places[1::2], strict=True):
-    _add_strided(rows, leaf, (first, last), part, grid, apart)
-  return rows.folded()
+  places = _branch(apart, lambda: [np.int32(term.place) for term in terms])
+  terms = [term._replace(place=place) for term, place in zip(terms, places, strict=True)]
+  rows = [jnp.zeros((2 * dim,), _dtype(part)) for _ in range(labels)]  # whatever is added lies in one piece
+  wait: Any = np.uint32(0)
+  for wave in _waves(terms):
+    last = rows[0]
+    stored = iter(_branch(apart, lambda wave=wave, wait=wait: [term.sums(wait) for term in wave if term.alive]))
+    for term in wave:
+      sums = next(stored) if term.alive else term.sums(wait)
+      rows[term.group] = last = _added(rows[term.group], sums, term.place, parts=term.parts, buckets=term.buckets)
+    wait = _shared_zero_of(last.astype(jnp.float32))
+  return [row[:dim] + row[dim:] for row in rows]
 
 
 # ---- indexed form ----
