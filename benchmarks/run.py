@@ -10,7 +10,7 @@ Sections, each explained in `benchmarks/README.md`:
 - params: a step that reads nothing, beside a step that does nothing.
 - seeds: vmapped seeds beside as many single ones.
 - step: training steps with and without the tracker.
-- eigen: three ways to get the spectrum of a few rows.
+- eigen: four ways to get the spectrum of a few rows.
 
 Whatever is compared is timed in turn, in one loop. The result goes to `benchmarks/results/<device>.json`, section by
 section; with `--smoke`, which takes a minute and shows only that everything works, to `out/benchmarks/`.
@@ -47,7 +47,7 @@ from models import Tree
 from timing import compile_function, interleave, seconds_of
 
 import sedjax
-from sedjax import core
+from sedjax import _gram, core
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW, DIM = 10, 16384
@@ -385,8 +385,13 @@ def by_jacobi(rows: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jacobi(gram, sweeps_for(gram.shape[1]))
 
 
+def by_sedjax(rows: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+  del rows
+  return jax.vmap(_gram.plain_eigh)(gram)
+
+
 CONDITIONS = (100, 300)
-METHODS = {"svd": by_svd, "eigh": by_eigh, "jacobi": by_jacobi}
+METHODS = {"svd": by_svd, "eigh": by_eigh, "jacobi": by_jacobi, "sedjax": by_sedjax}
 
 
 def gram_of(rows: jax.Array) -> jax.Array:

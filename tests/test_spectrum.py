@@ -9,6 +9,7 @@ import oracles
 import pytest
 
 import sedjax
+from sedjax import _gram, core
 
 
 def spectra(window):
@@ -88,3 +89,45 @@ def test_rank_one_and_zeros(make):
   assert int(report.count) == 0
   assert int(report.k_star) == 0
   assert all(bool(jnp.all(jnp.isfinite(field))) for field in report)
+
+
+def matrices(size):
+  """Rows whose Gram matrices are awkward for eigensolvers, by name: float64[rows, 300], the largest about 1 long."""
+  generator = np.random.default_rng(size)
+  noise = generator.normal(size=(size, 300)) / 300**0.5
+  return {
+    "noise": noise,
+    "zeros": 0 * noise,
+    "one row": noise * (np.arange(size) == 1)[:, None],
+    "rank one": np.ones((size, 1)) * noise[:1],
+    "twins": noise[np.arange(size) // 2],
+    "ties": np.linalg.qr(noise.T)[0].T,
+    "a diagonal": np.eye(size, 300) * (np.arange(size) % 3)[:, None],
+    "drift": np.cumsum(noise, 0) / size,
+    "long and short": noise * 10.0 ** -np.linspace(0, 12, size)[:, None],
+  }
+
+
+@pytest.mark.parametrize("size", [3, 4, 10, 33, 64, 100])
+def test_eigenvalues_and_leading_vector_of_gram_matrices(size):
+  solve = jax.jit(_gram.plain_eigh)
+  for name, rows in matrices(size).items():
+    gram = rows @ rows.T
+    values, vector = (np.asarray(x, np.float64) for x in solve(jnp.asarray(gram, jnp.float32)))
+    exact = np.linalg.eigvalsh(gram)
+    assert np.all(np.diff(values) >= -1e-7 * exact[-1]), name
+    np.testing.assert_allclose(values, exact, rtol=0, atol=4e-6 * exact[-1] + 1e-30, err_msg=name)
+    if name == "zeros":
+      assert not np.any(vector)
+    else:
+      assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-6), name
+      assert vector @ gram @ vector == pytest.approx(exact[-1], rel=2e-6), name
+
+
+def test_sketched_windows_need_no_library():
+  """From 64 rows on, LAPACK's threads would slow down whatever comes after a report."""
+  config = core.Config(64, sketch=sedjax.sketch.count(128))
+  params = {"w": jnp.ones((64, 8))}
+  text = jax.jit(functools.partial(core.observe, config)).lower(core.init(config, params), params).compile().as_text()
+  assert "dynamic-slice" in text
+  assert "lapack" not in text
