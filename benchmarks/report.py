@@ -150,7 +150,7 @@ def show_step(section: Section) -> str:
 def show_eigen(section: Section) -> str:
   batches = list(section["lines"][0]["batches"])
   shown = [batches[0], batches[-1]]
-  methods = ("svd", "eigh", "jacobi", "sedjax")
+  methods = ("svd", "eigh", "jacobi", "householder")
   with_time = [(batch, method) for batch in shown for method in methods if method != "svd" or batch == batches[0]]
   conditions = list(section["lines"][0]["max_relative_error"]["eigh"])
   head = ["rows", *(f"{method}, batch {batch}" for batch, method in with_time)]
@@ -163,8 +163,8 @@ def show_eigen(section: Section) -> str:
   words = (
     f"Spectrum of a few rows: SVD of the rows (d = {section['dim']:,}), `eigh` of their Gram matrix, parallel Jacobi "
   )
-  words += "with as many sweeps as it needs, and what the tracker does (Householder, Sturm, powers for the leading "
-  words += "vector); largest relative error of a singular value:"
+  words += "with as many sweeps as it needs, and what the tracker does from 64 rows on (Householder, Sturm, powers for "
+  words += "the leading vector); largest relative error of a singular value:"
   return words + "\n\n" + table(head, rows)
 
 

@@ -385,13 +385,13 @@ def by_jacobi(rows: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jacobi(gram, sweeps_for(gram.shape[1]))
 
 
-def by_sedjax(rows: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+def by_householder(rows: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
   del rows
   return jax.vmap(_gram.plain_eigh)(gram)
 
 
 CONDITIONS = (100, 300)
-METHODS = {"svd": by_svd, "eigh": by_eigh, "jacobi": by_jacobi, "sedjax": by_sedjax}
+METHODS = {"svd": by_svd, "eigh": by_eigh, "jacobi": by_jacobi, "householder": by_householder}
 
 
 def gram_of(rows: jax.Array) -> jax.Array:

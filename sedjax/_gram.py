@@ -17,6 +17,8 @@ import numpy as np
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Nothing beside the largest entry of a Gram matrix of scaled rows, which is 1 or more.
 _TINY = np.float32(1e-30)
+# Rows from which LAPACK's `eigh` uses threads.
+_THREADED = 64
 
 
 def power_of_two(x: jax.Array) -> jax.Array:
@@ -217,12 +219,24 @@ def _leading_vector(matrix: jax.Array) -> jax.Array:
 
 
 def plain_eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Eigenvalues (ascending) [n], and the leading eigenvector [n], of a float32 Gram matrix of scaled rows.
-
-  As accurate as LAPACK's `eigh`, and as fast or faster, whose BLAS wakes a thread for each core from n = 64 on; these
-  spin for a tenth of a second after each call, which takes half of the speed of two cores from the step that follows.
-  """
+  """Eigenvalues (ascending) [n], and the leading eigenvector [n], of a float32 Gram matrix of scaled rows."""
   return _tridiagonal_values(*_tridiagonal(gram)), _leading_vector(gram)
+
+
+def _library_eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+  values, vectors = jnp.linalg.eigh(gram)
+  return values, vectors[..., -1]
+
+
+def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """`plain_eigh` of float32[G, n, n], by the library where that is faster.
+
+  On CPU it is LAPACK, whose BLAS wakes a thread for each core from n = 64 on; these spin for a tenth of a second after
+  each call, and take half of the speed of two cores from the step that follows.
+  """
+  if gram.shape[-1] < _THREADED:
+    return _library_eigh(gram)
+  return jax.lax.platform_dependent(gram, cpu=jax.vmap(plain_eigh), default=_library_eigh)
 
 
 def descending_spectrum(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -234,5 +248,5 @@ def descending_spectrum(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
   Returns:
     float32[G, n], descending, never negative; float32[G, n], of norm 1 unless the matrix is 0.
   """
-  values, vector = jax.vmap(plain_eigh)(gram[0]) if gram.shape[0] == 1 else jax.vmap(_precise_eigh, 1)(gram)
+  values, vector = _eigh(gram[0]) if gram.shape[0] == 1 else jax.vmap(_precise_eigh, 1)(gram)
   return jnp.sqrt(jnp.maximum(values[:, ::-1], 0)), vector
