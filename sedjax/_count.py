@@ -31,6 +31,8 @@ _HASH_ROWS = 32
 _STRIDE = 16
 # Strided form: partial sums alive at a time (4 MiB), since XLA's CPU scheduler would start all leaves at once.
 _ALIVE = 2**20
+# Strided form: laps around a sketch that are summed by one expression.
+_LAPS = 64
 # Indexed form on CPU: numbers of a block that are signed at a time, since CPU contractions store their operands.
 _CHUNK = 2**20
 # Hashes of so many indices are made while tracing, which halves the strided kernels and their compile time.
@@ -267,14 +269,17 @@ def _added(row: jax.Array, sums: jax.Array, place: Any, *, parts: int, buckets: 
 
 
 def _folded(flat: jax.Array, size: int) -> jax.Array:
-  """The sum of laps of `size` numbers each, the last of which may be shorter; `flat` itself where there is one.
-
-  Slice by slice: XLA hands sums over the leading axis of a matrix to a library that is slow where they are long.
-  """
+  """The sum of laps of `size` numbers each, the last of which may be shorter; `flat` itself where there is one."""
   if flat.size <= size:
     return flat
   flat = lax.pad(flat, flat.dtype.type(0), ((0, -flat.size % size, 0),))
-  return functools.reduce(jnp.add, (flat[at : at + size] for at in range(0, flat.size, size)))
+  laps = range(0, flat.size, size)
+  # XLA hands sums over the leading axis of a matrix to a library that is slow where they are long.
+  return (
+    flat.reshape(-1, size).sum(0)
+    if len(laps) > _LAPS
+    else functools.reduce(jnp.add, (flat[at : at + size] for at in laps))
+  )
 
 
 class _Term(NamedTuple):
