@@ -190,7 +190,7 @@ def _tridiagonal_values(diagonal: jax.Array, squares: jax.Array) -> jax.Array:
 
     first = away(diagonal[0] - x)
     rest = diagonal[1:], squares
-    return jax.lax.scan(step, (first, (first < 0).astype(jnp.int32)), rest, unroll=16)[0][1]
+    return jax.lax.scan(step, (first, (first < 0).astype(jnp.int32)), rest, unroll=32)[0][1]
 
   place = jnp.arange(size, dtype=jnp.int32)[:, None]
   part = np.arange(1, 16, dtype=np.float32) / np.float32(16)
