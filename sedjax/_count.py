@@ -155,6 +155,11 @@ def _plan(piece: Piece, shape: tuple[int, ...], dim: int, seed: int) -> _Plan:
   key = path_key(piece.path, seed) if piece.hashes is None else piece.hashes.key
   columns = shape[-1] if shape else 1
   rows = math.prod(shape[:-1])
+  if max(rows, columns) > 2**32:
+    raise ValueError(
+      f"sedjax.sketch.count: leaf {piece.path!r} has {max(rows, columns):,} {'rows' if rows > columns else 'columns'}, "
+      "and indices of up to 2**32 are told apart; split the leaf, or give it more trailing numbers and fewer rows."
+    )
   # Where whole bucket rows would leave more than a ninth of the sketch empty, they wrap around it once.
   laps = 1 if 9 * (dim // columns * columns) >= 8 * dim else 2
   capacity = max(1, laps * dim // columns)

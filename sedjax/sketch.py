@@ -129,7 +129,7 @@ def count(dim: int = 16384, *, seed: int = 0) -> Count:
     A hashable sketch object.
 
   Raises:
-    ValueError: `dim` or `seed` is not an int in its range.
+    ValueError: `dim` or `seed` is not an int in its range; when it is used, a leaf has more than 2**32 rows or columns.
 
   Cost: one read of the updates and `dim` float32 numbers of output.
   Source: Charikar, Chen and Farach-Colton (2002). Departure: 32 rows of a leaf share a hash, and buckets follow the

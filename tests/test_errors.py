@@ -1,5 +1,7 @@
 """Bad input: one sentence that names the argument, what was given, what is accepted and what to do."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -185,3 +187,9 @@ def test_a_state_that_is_not_the_trackers():
 def test_explain_refuses_what_is_no_status(status):
   with pytest.raises(ValueError, match=r"expected a status, an int in 0…1023, got"):
     sedjax.explain(status)
+
+
+@pytest.mark.parametrize("shape", [(2**32 + 1, 1), (2**33,)])
+def test_leaves_of_more_indices_than_are_told_apart(shape):
+  with pytest.raises(ValueError, match=r"leaf 'w' has .* split the leaf"):
+    jax.eval_shape(functools.partial(sedjax.sketch.count(64).apply, "w"), jax.ShapeDtypeStruct(shape, jnp.float32))

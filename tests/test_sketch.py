@@ -180,7 +180,7 @@ def test_all_forms_of_count_agree_when_they_work_in_small_parts(shape, monkeypat
   assert_all_equal(rows | {"indexed": indexed([Piece("w", x)], 1024)})
 
 
-HUGE = (2**20, 2**13, 8)
+HUGE = (2**19, 2**13, 8)
 
 
 @pytest.mark.parametrize(
