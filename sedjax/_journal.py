@@ -2,7 +2,7 @@
 
 A frame is its length and the CRC-32 of what follows, a byte that says what it is, and its bytes. It is written by one
 call of the operating system at the file's end, so that a process that is killed leaves at most one torn frame, the
-last, which the check sum tells. Reading stops before the first frame that is not whole.
+last, which the check sum tells. Where a frame is damaged, reading goes on with the next whole one, and says so.
 
 A journal begins with a session frame, and every program that continues a record adds one. What earlier sessions
 recorded at or after a step that a later session reached again is replaced: rows, series and events where the later
@@ -14,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -49,10 +51,11 @@ class Contents(NamedTuple):
   events: list[tuple[int, str]]
   replaced: float  # all that an older file has from this step on is replaced
   series_replaced: dict[str, float]  # likewise, by series
-  end: int  # bytes of whole frames
+  end: int  # where the last whole frame ends
+  damaged: int  # bytes before that which belong to no whole frame
 
 
-NOTHING = Contents({"attrs": {}}, [], {}, [], np.inf, {}, 0)
+NOTHING = Contents({"attrs": {}}, [], {}, [], np.inf, {}, 0, 0)
 
 
 def frame(kind: bytes, payload: bytes) -> bytes:
@@ -71,18 +74,41 @@ def note_payload(step: int, note: Mapping[str, Any]) -> bytes:
 
 
 def frames(file: BinaryIO) -> Iterator[tuple[bytes, bytes, int]]:
-  """Kind, payload and the payload's offset, of each whole frame up to the first that is not."""
-  size, at = os.fstat(file.fileno()).st_size, 0
+  """Kind, payload and the payload's offset, of each whole frame."""
+  size, at, longest = os.fstat(file.fileno()).st_size, 0, 2**19
   file.seek(0)
   while at + _HEAD.size <= size:
     length, check, kind = _HEAD.unpack(file.read(_HEAD.size))
-    if at + _HEAD.size + length > size:
+    payload = file.read(length) if at + _HEAD.size + length <= size else b""
+    if len(payload) == length and zlib.crc32(payload, zlib.crc32(kind)) == check:
+      yield kind, payload, at + _HEAD.size
+      at, longest = at + _HEAD.size + length, max(longest, length)
+      continue
+    file.seek(at + 1)
+    found = _next_frame(file.read(), 2 * longest)
+    if found is None:
       return
-    payload = file.read(length)
-    if len(payload) < length or zlib.crc32(payload, zlib.crc32(kind)) != check:
-      return
-    yield kind, payload, at + _HEAD.size
-    at += _HEAD.size + length
+    at += 1 + found
+    file.seek(at)
+
+
+def _next_frame(data: bytes, limit: int) -> int | None:
+  """Where in `data` the first whole frame of at most `limit` bytes begins."""
+  for kind in re.finditer(b"[" + SESSION + ROW + NOTE + b"]", data):
+    end = kind.end()
+    if end < _HEAD.size:
+      continue
+    length, check, _ = _HEAD.unpack_from(data, end - _HEAD.size)
+    if length <= min(limit, len(data) - end) and zlib.crc32(data[end : end + length], zlib.crc32(kind[0])) == check:
+      return end - _HEAD.size
+  return None
+
+
+def warn_of_damage(path: Path, contents: Contents | None) -> None:
+  """Says what of a journal could not be read."""
+  if contents is not None and contents.damaged:
+    message = f"sedjax.record: {contents.damaged} bytes of {path} are damaged; what they recorded is left out."
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def read(file: BinaryIO) -> Contents | None:
@@ -96,8 +122,9 @@ def read(file: BinaryIO) -> Contents | None:
   series: dict[str, list[tuple[int, int, Any]]] = {}
   events: list[tuple[int, int, str]] = []
   lows: list[dict[str | None, float]] = []  # by session: its first step of rows (None) and of each series
-  end = 0
+  end = damaged = 0
   for kind, payload, offset in frames(file):
+    damaged += offset - _HEAD.size - end
     if not lows and (kind != SESSION or json.loads(payload).get("format") != FORMAT):
       raise ValueError("it does not begin as a sedjax journal does")
     session = len(lows) - 1
@@ -108,6 +135,9 @@ def read(file: BinaryIO) -> Contents | None:
       lows.append({})
     elif kind == ROW:
       (step,) = _STEP.unpack_from(payload)
+      if damaged and None in lows[-1] and step <= rows[-1][1].step:  # the session's own frame is lost
+        lows.append({})
+        session += 1
       rows.append((session, Row(step, offset + _STEP.size)))
       lows[-1].setdefault(None, step)
     else:
@@ -141,6 +171,7 @@ def read(file: BinaryIO) -> Contents | None:
     any_kind[0],
     {name: limit[0] for name, limit in by_name.items()},
     end,
+    damaged,
   )
 
 
@@ -158,6 +189,7 @@ class Journal:
     try:
       with open(self._fd, "rb", closefd=False) as file:
         self.found = read(file)
+      warn_of_damage(path, self.found)
       # What follows is a frame torn by a kill.
       os.ftruncate(self._fd, self.found.end if self.found else 0)
     except BaseException:

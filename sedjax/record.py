@@ -541,6 +541,7 @@ def open_record(path: str | Path) -> xr.Dataset:
     raise _cannot("read", journal, error) from error
   if contents is not None:
     _check_version(journal, contents.layout["version"])
+  _journal.warn_of_damage(journal, contents)
   stored = _open_file(path) if path.exists() else None
   if contents is None and stored is None:
     missing = f"there is no record {path}" if file is None else f"the record {path} has no rows yet"

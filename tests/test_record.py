@@ -323,17 +323,59 @@ def test_a_journal_cut_anywhere_has_the_rows_before(tmp_path, small_journal):
       assert steps_of(path) == [row.step for row in contents.rows]
 
 
-def test_a_damaged_byte_leaves_the_rows_before(tmp_path, small_journal):
+def test_a_damaged_byte_costs_the_row_that_it_is_in(tmp_path, small_journal):
   data, ends = small_journal
   path = tmp_path / "run.nc"
-  for at in range(ends[1], len(data)):
+  for at in range(ends[0], len(data)):
     damaged = bytearray(data)
     damaged[at] ^= 0x41
     journal_of(path).write_bytes(damaged)
     with open(journal_of(path), "rb") as file:
       contents = _journal.read(file)
-    assert [row.step for row in contents.rows] == list(range(sum(end <= at for end in ends))), at
-  assert steps_of(path) == [0, 1, 2]
+    lost = sum(end <= at for end in ends)
+    assert [row.step for row in contents.rows] == [step for step in range(4) if step != lost], at
+    # What is torn at the end is no damage, but what a kill leaves.
+    assert contents.damaged == (ends[lost] - ends[lost - 1] if lost < 3 else 0)
+
+
+def test_damage_is_told_and_the_rest_goes_on(tmp_path, small_journal):
+  data, ends = small_journal
+  damaged = bytearray(data)
+  damaged[ends[1] + 20] ^= 1
+  path = tmp_path / "run.nc"
+  journal_of(path).write_bytes(damaged)
+  with pytest.warns(RuntimeWarning, match=f"{ends[2] - ends[1]} bytes of .* are damaged"):
+    assert steps_of(path) == [0, 1, 3]
+  with pytest.warns(RuntimeWarning, match="are damaged"):
+    record_numbers(path, [4])
+  assert steps_of(path) == [0, 1, 3, 4]
+
+
+def test_a_damaged_beginning_is_refused_and_kept(tmp_path, small_journal):
+  damaged = bytearray(small_journal[0])
+  damaged[20] ^= 1
+  path = tmp_path / "run.nc"
+  journal_of(path).write_bytes(damaged)
+  for use in (open_record, functools.partial(record_numbers, steps=[4])):
+    with pytest.raises(ValueError, match="does not begin as a sedjax journal does"):
+      use(path)
+  assert journal_of(path).read_bytes() == damaged
+
+
+def test_a_damaged_session_frame(tmp_path):
+  """What the second session recorded again is still what counts."""
+  path = tmp_path / "run.nc"
+  leave_journal(path, range(4))
+  first = len(journal_of(path).read_bytes())
+  leave_journal(path, range(2, 6), loss=3)
+  damaged = bytearray(journal_of(path).read_bytes())
+  damaged[first + 20] ^= 1
+  journal_of(path).write_bytes(damaged)
+  with pytest.warns(RuntimeWarning, match="are damaged"):
+    record = open_record(path)
+  assert record.step.values.tolist() == list(range(6))
+  assert record.loss.values.tolist() == [6, 9, 12, 15]
+  record.close()
 
 
 def test_a_journal_cut_in_its_first_frame_is_begun_anew(tmp_path, small_journal):
