@@ -426,7 +426,11 @@ def measure_eigen(effort: Effort) -> Section:
       methods = [method for method in METHODS if method != "svd" or batch <= 8]
       compiled = {method: compile_function(METHODS[method], some, gram) for method in methods}
       calls = {method: lambda _, c=each.call, x=some, g=gram: c(x, g) for method, each in compiled.items()}
-      timings = interleave(calls, effort.rounds, effort.repeats, warm=1, budget=1)
+      timings = {}
+      # One method after the other: LAPACK's threads, which spin for a while after large problems, slow down the rest.
+      for method, call in calls.items():
+        time.sleep(0.2)
+        timings |= interleave({method: call}, effort.rounds, effort.repeats, warm=1, budget=1)
       times[str(batch)] = {method: {**timings[method], **compiled[method].facts()} for method in methods}
     lines.append({"rows": size, "sweeps": sweeps_for(size), "batches": times, "max_relative_error": errors})
   return {"dim": DIM, "timed_condition": CONDITIONS[0], "lines": lines}
