@@ -144,11 +144,10 @@ def offset_of(path: str, dim: int, seed: int) -> int:
   return int(mix(np.asarray([path_key(path, seed)]))[0]) % dim
 
 
-def vector_row(x: np.ndarray, hashes: Hashes, dim: int) -> np.ndarray:
-  """float64[dim], in NumPy: the sketch of a real vector or scalar by its hashes."""
+def vector_signs(hashes: Hashes) -> np.ndarray:
+  """int8[n], in NumPy: what a real vector or scalar is multiplied by, before it is added from its place on."""
   bits = mix(hashes.rows[0] ^ hashes.columns) << np.uint32(31)
-  signed = np.where(bits >= _SIGN, -1.0, 1.0) * x.reshape(-1)
-  return np.pad(signed, (0, -signed.size % dim)).reshape(-1, dim).sum(0)
+  return np.where(bits >= _SIGN, -1, 1).astype(np.int8)
 
 
 def _plan(piece: Piece, shape: tuple[int, ...], dim: int, seed: int) -> _Plan:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from sedjax import core
-from sedjax._count import WIDE, Hashes, Piece, vector_row
+from sedjax._count import WIDE, Hashes, Piece, vector_signs
 from sedjax._selection import Leaf, Reading, Selection, aligned
 from sedjax._series import Entry, error_at
 from sedjax._store import Store, signature_of
@@ -181,6 +181,11 @@ def _hashes(sketch: Any, path: str, shape: tuple[int, ...]) -> Hashes:
   return sketch.hashes(path, shape)
 
 
+@functools.lru_cache(maxsize=4096)
+def _vector_signs(sketch: Any, path: str, shape: tuple[int, ...]) -> np.ndarray:
+  return vector_signs(sketch.hashes(path, shape))
+
+
 def _is_vector(sketch: Any, leaf: Leaf) -> bool:
   """Whether NumPy sketches a leaf, in less time than it takes to call a compiled function."""
   return isinstance(sketch, Count) and leaf.dtype.kind == "f" and leaf.info.size == max((1, *leaf.shape[-1:]))
@@ -196,18 +201,23 @@ def _compile_all(selection: Selection) -> None:
 
 def _add_leaf(sketch: Any, leaf: Leaf, array: np.ndarray, rows: np.ndarray) -> bool:
   """Adds a leaf's sketch to its label's row; returns whether it is finite."""
-  shape = (2, *leaf.shape) if leaf.dtype.kind == "c" else leaf.shape
-  hashes = _hashes(sketch, leaf.path, shape) if shape[-1:] <= (_SMALL,) else sketch.hashes(leaf.path, shape)
+  row, offset = rows[leaf.label], sketch.offset(leaf.path)
   if _is_vector(sketch, leaf):
-    row = vector_row(array, hashes, sketch.dim)
+    small = leaf.info.size <= _SMALL
+    signs = (_vector_signs if small else _vector_signs.__wrapped__)(sketch, leaf.path, leaf.shape)
+    sums = np.multiply(signs, array, dtype=np.float64)
   else:
+    shape = (2, *leaf.shape) if leaf.dtype.kind == "c" else leaf.shape
+    hashes = (_hashes if shape[-1:] <= (_SMALL,) else _hashes.__wrapped__)(sketch, leaf.path, shape)
     call = _compiled_row(sketch, leaf.axes, leaf.info.shape, leaf.dtype).result()
     with jax.enable_x64(True):
-      row = np.asarray(call(jax.device_put(array.reshape(leaf.info.shape)), hashes))
-  offset = sketch.offset(leaf.path)
-  rows[leaf.label, offset:] += row[: row.size - offset]
-  rows[leaf.label, :offset] += row[row.size - offset :]
-  return bool(np.isfinite(row).all())
+      sums = np.asarray(call(jax.device_put(array.reshape(leaf.info.shape)), hashes))
+  for at in range(0, sums.size, row.size):
+    lap = sums[at : at + row.size]
+    end = min(lap.size, row.size - offset)
+    row[offset : offset + end] += lap[:end]
+    row[: lap.size - end] += lap[end:]
+  return bool(np.isfinite(sums).all())
 
 
 def _read_leaves(series: list[Entry], selection: Selection, start: int) -> Generator[tuple[int, Leaf, np.ndarray]]:

@@ -578,7 +578,8 @@ def test_sketches_by_hashes_are_those_by_path(shape, dtype):
     rows = _count._strided_rows([piece], [0], 1, dim, 2, _count.WIDE, None)
     found = [np.asarray(rows[0]), np.asarray(sketch.rows([piece], [0], 1, _count.WIDE)[0])]
   if x.ndim < 2:
-    found.append(_count.vector_row(x, hashes, dim))
+    signed = np.multiply(_count.vector_signs(hashes), x.reshape(-1), dtype=np.float64)
+    found.append(np.pad(signed, (0, -x.size % dim)).reshape(-1, dim).sum(0))
   for row in found:
     assert row.dtype == np.float64
     np.testing.assert_allclose(np.roll(row, sketch.offset(path)), expected, rtol=2e-5, atol=2e-5)
