@@ -315,14 +315,15 @@ def _strided_terms(piece: Piece, group: int, dim: int, seed: int, part: Any, gri
   stride = min(_STRIDE if part in (None, WIDE) and x.dtype == jnp.float32 else _STRIDE // 2, plan.per_bucket)
   whole = plan.rows // plan.per_bucket
   most = max(1, _ALIVE * _STRIDE // (plan.per_bucket * plan.buckets * plan.columns)) * plan.buckets
+  parts = plan.per_bucket // stride
+
+  def strided_sums(zero: Any, row: int, count: int) -> jax.Array:
+    return _strided_sums(x, keys ^ zero, columns, grid, row=row, count=count, stride=stride, part=part)
+
   for done in range(0, whole, most):
-    count = min(most, whole - done)
-
-    def sums(zero: Any, row: int = done * plan.per_bucket, count: int = count * plan.per_bucket // stride) -> jax.Array:
-      return _strided_sums(x, keys ^ zero, columns, grid, row=row, count=count, stride=stride, part=part)
-
-    alive = 2 * count * plan.columns * max(1, plan.per_bucket // _STRIDE)
-    yield term(sums, alive, parts=plan.per_bucket // stride)
+    count = parts * min(most, whole - done)
+    sums = functools.partial(strided_sums, row=done * plan.per_bucket, count=count)
+    yield term(sums, 2 * count * plan.columns, parts=parts)
   if whole * plan.per_bucket < plan.rows:
     place = (plan.offset + whole % plan.buckets * plan.columns) % dim
     yield term(lambda _: _last_rows(x, whole * plan.per_bucket, keys, columns, part, grid), 0, place=place)

@@ -143,7 +143,10 @@ def test_corner_cases(record, name, case):
     "no attributes": few.map(lambda x: x.drop_attrs()).drop_attrs(),
     "long names": few.assign_coords(group=["all", "transformer/" * 9, "a$b" * 40]),
   }[case]
-  PICTURES[name](made, ax=(ax := axes()))
+  ax = axes()
+  assert PICTURES[name](made, ax=ax) is ax
+  assert ax.get_xlabel()
+  assert ax.get_ylabel()
   ax.figure.savefig("/dev/null", format="png")
 
 
