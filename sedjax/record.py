@@ -623,7 +623,9 @@ def _open_file(path: Path) -> _netcdf.Stored:
   try:
     _check_version(path, int(attrs.get("record_version", 0)))
     if "record_version" not in attrs or not {*DIMS, "index"} <= set(stored.others.coords):
-      raise ValueError(f"sedjax.record: {path} is not a record.")
+      raise ValueError(
+        f"sedjax.record: {path} is not a record; those are written by sedjax.record.Recorder and by sedjax analyze."
+      )
     if missing := [name for name in FIELDS if name not in stored.file]:
       raise ValueError(f"sedjax.record: {path} is not a whole record, it lacks {', '.join(missing)}.")
   except BaseException:
