@@ -6,7 +6,7 @@ Three seeds train at once under `jax.vmap` until each has grokked: three evaluat
 98 % or more. The *grok step* is the first of the three. Everything is measured inside the jitted step; what leaves the
 device is one small tree of arrays for each evaluation. At the end there are, in `out/grokking`,
 
-  grokking.nc    the record, an xarray.Dataset of runs, evaluations, rows of the window and singular values
+  grokking.nc    the record, as `sedjax.record` has it: `sedjax report out/grokking/grokking.nc` makes a page of it
   grokking.png   the figure, drawn from that file
 
 and a table of what happened, and of what the edge did until the grok step. The table states facts of these runs; it
@@ -31,6 +31,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import operator
 import os
 import shlex
 import sys
@@ -43,7 +44,6 @@ import jax
 import jax.numpy as jnp
 import modular
 import numpy as np
-import optax
 import rich.box
 import xarray as xr
 from matplotlib import colormaps
@@ -56,7 +56,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import sedjax
+from sedjax import record
 
+console = Console()
 WINDOW = 10
 SEEDS = (42, 137, 2024)
 DEFAULT = modular.Settings(0.6, 384, 1e-3, max_steps=5000, eval_every=50, row_every=10)
@@ -71,41 +73,24 @@ PHASE_COLORS = {
   sedjax.Phase.COLLAPSE: "#C2A6BF",
 }
 
-# What is recorded for each row of the window: units and long name.
-ROW_FIELDS = {
-  "singular_values": ("parameter units", "singular value of the window"),
-  "k_star": ("1", "place of the spectral edge, 0 while the window fills"),
-  "gap_ratio": ("1", "ratio of singular values at the edge"),
-  "null_ratio": ("1", "ratio that noise of AdamW's momentum rarely exceeds"),
-  "edge_ambiguous": ("1", "another place is within the sketch's error"),
-  "phase": ("1", "phase of the gap ratio"),
-  "pc1_fraction": ("1", "share of the largest singular value in the sum of squares"),
-  "turning": ("1", "1 - |cos| between successive leading directions"),
-  "last_update_norm": ("parameter units", "norm of the newest row"),
-  "effective_dim": ("1", "effective dimension of the sketch"),
-  "status": ("1", "sedjax.Status bits"),
-}
-
 
 def make_interval(settings: modular.Settings, tracker: Any) -> Any:
-  """The jitted function that trains all lanes up to their next evaluation and returns what is recorded."""
+  """The jitted function that trains all lanes up to their next evaluation; returns reports, train and test accuracy."""
   train_step = functools.partial(modular.train_step, settings, tracker)
 
   def one_step(lanes: modular.Lane, step: jax.Array) -> tuple[modular.Lane, None]:
     # The step is not mapped over lanes: rows are then pushed by a real branch, not computed and thrown away.
     return jax.vmap(train_step, in_axes=(0, None))(lanes, step)[0], None
 
-  def one_row(lanes: modular.Lane, first: jax.Array) -> tuple[modular.Lane, dict[str, jax.Array]]:
+  def one_row(lanes: modular.Lane, first: jax.Array) -> tuple[modular.Lane, sedjax.Report]:
     lanes, _ = jax.lax.scan(one_step, lanes, first + jnp.arange(settings.row_every, dtype=jnp.int32))
-    report = sedjax.get_report(lanes.opt_state)
-    return lanes, {name: getattr(report, name) for name in ROW_FIELDS}
+    return lanes, sedjax.get_reports(lanes.opt_state)
 
   @functools.partial(jax.jit, donate_argnums=0)
   def interval(lanes: modular.Lane, start: jax.Array) -> tuple[modular.Lane, Any]:
     firsts = start + jnp.arange(0, settings.eval_every, settings.row_every, dtype=jnp.int32)
-    lanes, rows = jax.lax.scan(one_row, lanes, firsts)
-    train, test = jax.vmap(functools.partial(modular.evaluate, settings))(lanes)
-    return lanes, {"train_accuracy": train, "test_accuracy": test, **rows}
+    lanes, reports = jax.lax.scan(one_row, lanes, firsts)
+    return lanes, (reports, *jax.vmap(functools.partial(modular.evaluate, settings))(lanes))
 
   return interval
 
@@ -117,117 +102,99 @@ def first_grok(test_accuracy: np.ndarray) -> int | None:
 
 
 def run_name(seed: int, decay: float) -> str:
-  return f"seed {seed}" if decay else f"seed {seed}, no decay"
+  return f"{seed}" if decay else f"{seed}, no decay"
 
 
-def newest_words(newest: dict[str, np.ndarray], run: int) -> list[str]:
+def newest_words(news: Any, run: int) -> list[str]:
   """Train and test accuracy, k*, gap ratio, null ratio and phase of one run, as they stand."""
-  k_star, gap, null, phase = (newest[name][-1, run] for name in ("k_star", "gap_ratio", "null_ratio", "phase"))
-  accuracies = [f"{newest[name][run]:.1%}" for name in ("train_accuracy", "test_accuracy")]
-  return [*accuracies, f"{k_star}", f"{gap:.2f}", f"{null:.2f}", sedjax.Phase(phase).name]
+  reports, *accuracies = news
+  newest = jax.tree.map(lambda x: x[-1, run, 0, 0], reports)
+  edge = [f"{newest.k_star}", f"{newest.gap_ratio:.2f}", f"{newest.null_ratio:.2f}", sedjax.Phase(newest.phase).name]
+  return [*(f"{accuracy[run]:.1%}" for accuracy in accuracies), *edge]
 
 
-def live_view(progress: Progress, runs: list[str], newest: dict[str, np.ndarray]) -> Group:
+def live_view(progress: Progress, names: list[str], news: Any) -> Group:
   """The progress bar over a table with a line for each run."""
-  table = Table("run", "train", "test", "k*", "gap ratio", "null", "phase", box=rich.box.SIMPLE_HEAD)
-  for i, run in enumerate(runs):
-    table.add_row(run, *newest_words(newest, i))
+  table = Table("seed", "train", "test", "k*", "gap ratio", "null", "phase", box=rich.box.SIMPLE_HEAD)
+  for i, name in enumerate(names):
+    table.add_row(name, *newest_words(news, i))
   return Group(progress, table)
 
 
-def train(settings: modular.Settings, lanes: list[tuple[int, float]], console: Console) -> xr.Dataset:
-  """Trains a run for each (seed, weight decay), shows how it goes, and returns the record."""
-  sketch = sedjax.sketch.count()
-  tracker = sedjax.track_spectral_edge(WINDOW, every=settings.row_every, momentum=modular.MOMENTUM, sketch=sketch)
+def train(settings: modular.Settings, lanes: list[tuple[int, float]], file: Path, command: str) -> None:
+  """Trains a run for each (seed, weight decay), shows how it goes, and writes the record."""
+  options = {"window": WINDOW, "every": settings.row_every, "momentum": modular.MOMENTUM}
+  tracker = sedjax.track_spectral_edge(**options)
   seeds, decays = (np.asarray(values) for values in zip(*lanes, strict=True))
-  runs = [run_name(*lane) for lane in lanes]
+  names = [run_name(*lane) for lane in lanes]
   began = time.perf_counter()
   state = jax.jit(jax.vmap(functools.partial(modular.init, settings, tracker)))(seeds, decays.astype(np.float32))
   interval = make_interval(settings, tracker).lower(state, np.int32(0)).compile()
   console.print(f"Compiled in {time.perf_counter() - began:.0f} s.")
 
-  began = time.perf_counter()
-  records: list[dict[str, np.ndarray]] = []
+  for old in (file, file.with_name(f"{file.name}.journal")):  # a record that exists would be continued
+    old.unlink(missing_ok=True)
+  device = jax.devices()[0]
+  attrs = {
+    **dataclasses.asdict(settings),
+    "weight_decay": decays.tolist(),
+    "command": command,
+    "flax_version": flax.__version__,
+    "device": f"{device.platform} ({device.device_kind}), {os.cpu_count()} CPU cores",
+  }
+  recorder = record.Recorder(file, tracker=options, windows=[WINDOW], seeds=names, attrs=attrs)
+  began, step = time.perf_counter(), 0
+  tests: list[np.ndarray] = []
   progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), console=console)
   task = progress.add_task("", total=settings.max_steps)
   if not console.is_terminal:
-    console.print("step | run: train accuracy, test accuracy, k*, gap ratio, null ratio, phase", soft_wrap=True)
-  with Live(progress, console=console) if console.is_terminal else contextlib.nullcontext() as live:
+    console.print("step | seed: train accuracy, test accuracy, k*, gap ratio, null ratio, phase", soft_wrap=True)
+  with recorder, Live(progress, console=console) if console.is_terminal else contextlib.nullcontext() as live:
     done = False
     while not done:
       try:
-        state, newest = interval(state, np.int32(len(records) * settings.eval_every))
-        newest = jax.device_get(newest)  # the only transfer from the device
+        state, news = interval(state, np.int32(step))
+        reports, trained, tested = jax.device_get(news)  # the only transfer from the device
       except KeyboardInterrupt:
-        if not records:
+        if not tests:
           raise
-        console.print(f"Interrupted: the record ends with step {len(records) * settings.eval_every}.")
+        console.print(f"Interrupted: the record ends with step {step}.")
         break
-      records.append(newest)
-      step = len(records) * settings.eval_every
-      tests = np.stack([record["test_accuracy"] for record in records], 1)
-      grokked = all(first_grok(test) is not None for test in tests[decays > 0])
+      for row in range(settings.eval_every // settings.row_every):
+        newest = jax.tree.map(operator.itemgetter(row), reports)
+        recorder.append(step + (row + 1) * settings.row_every, newest)
+      step += settings.eval_every
+      recorder.log(step, train_accuracy=trained, test_accuracy=tested)
+      tests.append(tested)
+      grokked = all(first_grok(test) is not None for test in np.stack(tests, 1)[decays > 0])
       done = grokked or step >= settings.max_steps
       progress.update(task, completed=step)
       if live:
-        live.update(live_view(progress, runs, newest))
-      elif len(records) % 5 == 0 or done:  # no terminal: a plain line now and then
-        words = [f"{run}: {', '.join(newest_words(newest, i))}" for i, run in enumerate(runs)]
+        live.update(live_view(progress, names, (reports, trained, tested)))
+      elif len(tests) % 5 == 0 or done:  # no terminal: a plain line now and then
+        words = [f"{name}: {', '.join(newest_words((reports, trained, tested), i))}" for i, name in enumerate(names)]
         console.print(f"step {step} | {' | '.join(words)}", soft_wrap=True, highlight=False)
-  seconds, step = time.perf_counter() - began, len(records) * settings.eval_every
-  console.print(f"Trained {len(runs)} runs for {step} steps in {seconds:.0f} s: {1e3 * seconds / step:.0f} ms a step.")
-  device = jax.devices()[0]
-  return to_dataset(records, settings, lanes).assign_attrs(
-    sketch=f"{type(sketch).__name__.lower()}, dim {sketch.dim}, seed {sketch.seed}",
-    sketch_id=np.asarray(sketch.sketch_id),
-    device=f"{device.platform} ({device.device_kind}), {os.cpu_count()} CPU cores",
-    seconds=seconds,
-  )
+  seconds = time.perf_counter() - began
+  console.print(f"Trained {len(names)} runs for {step} steps in {seconds:.0f} s: {1e3 * seconds / step:.0f} ms a step.")
 
 
-def to_dataset(
-  records: list[dict[str, np.ndarray]], settings: modular.Settings, lanes: list[tuple[int, float]]
-) -> xr.Dataset:
-  """One labelled record of all intervals, with units and where it comes from."""
-
-  def labelled(dims: Any, values: Any, units: str, long_name: str) -> tuple[Any, Any, dict[str, Any]]:
-    return dims, values, {"units": units, "long_name": long_name}
-
-  every, row_every = settings.eval_every, settings.row_every
-  last = len(records) * every
-  seeds, decays = zip(*lanes, strict=True)
-  coordinates = {
-    "run": ("run", [run_name(*lane) for lane in lanes], {"long_name": "run"}),
-    "seed": labelled("run", list(seeds), "1", "seed of split, initialization and batches"),
-    "weight_decay": labelled("run", list(decays), "1", "weight decay of AdamW"),
-    "step": labelled("step", np.arange(every, last + 1, every), "steps", "steps done at the evaluation"),
-    "row": labelled("row", np.arange(row_every, last + 1, row_every), "steps", "steps done at the row's end"),
-    "index": labelled("index", np.arange(1, WINDOW + 1), "1", "place of the singular value"),
-  }
-  variables = {}
-  for name in ("train_accuracy", "test_accuracy"):
-    values = np.stack([record[name] for record in records], 1)
-    variables[name] = labelled(("run", "step"), values, "1", name.replace("_", " "))
-  for name, (units, long_name) in ROW_FIELDS.items():
-    values = np.moveaxis(np.concatenate([record[name] for record in records]), 0, 1)
-    variables[name] = labelled(("run", "row", "index")[: values.ndim], values, units, long_name)
-  flags = {"flag_values": [int(phase) for phase in sedjax.Phase], "flag_meanings": " ".join(sedjax.Phase.__members__)}
-  variables["phase"][2].update(flags)
-  versions = {f"{module.__name__}_version": module.__version__ for module in (jax, optax, flax, sedjax)}
-  tracker = {"window": WINDOW, "every": row_every, "momentum": modular.MOMENTUM, "source": "updates"}
-  return xr.Dataset(variables, coordinates, {**dataclasses.asdict(settings), **tracker, **versions})
+def runs_of(file: Path) -> list[xr.Dataset]:
+  """The record's runs, one window and group each."""
+  with record.open_record(file) as whole:
+    loaded = whole.isel(window=0, group=0).load()
+  return [loaded.isel(seed=i) for i in range(loaded.sizes["seed"])]
 
 
 def grok_step(run: xr.Dataset) -> int | None:
   """The grok step of one run of the record, or None."""
   index = first_grok(run.test_accuracy.values)
-  return None if index is None else int(run.step[index])
+  return None if index is None else int(run.test_accuracy_step[index])
 
 
-def phase_spans(rows: xr.Dataset) -> list[tuple[sedjax.Phase, int, int]]:
+def phase_spans(run: xr.Dataset) -> list[tuple[sedjax.Phase, int, int]]:
   """The phases that followed each other, with the first and the last step of each."""
   spans = []
-  for phase, group in itertools.groupby(zip(rows.phase.values, rows.row.values, strict=True), key=lambda pair: pair[0]):
+  for phase, group in itertools.groupby(zip(run.phase.values, run.step.values, strict=True), key=lambda pair: pair[0]):
     steps = [int(step) for _, step in group]
     spans.append((sedjax.Phase(phase), steps[0], steps[-1]))
   return spans
@@ -236,17 +203,17 @@ def phase_spans(rows: xr.Dataset) -> list[tuple[sedjax.Phase, int, int]]:
 def facts(run: xr.Dataset) -> dict[str, str]:
   """What happened in one run, and what the edge did until the grok step, or to the end, in words."""
   grok = grok_step(run)
-  fitted = run.step.values[run.train_accuracy.values >= FITTED]
-  until = run.sel(row=slice(None, grok))
-  until = until.isel(row=until.k_star.values > 0)
+  fitted = run.train_accuracy_step.values[run.train_accuracy.values >= FITTED]
+  until = run.sel(step=slice(None, grok))
+  until = until.isel(step=until.k_star.values > 0)
   said = {
     f"train ≥ {FITTED:.0%}": f"step {fitted[0]}" if fitted.size else "never",
     "grok step": f"none by step {run.step[-1].item()}" if grok is None else f"step {grok}",
-    "full windows": f"{until.sizes['row']}",
+    "full windows": f"{until.sizes['step']}",
   }
-  if not until.sizes["row"]:
+  if not until.sizes["step"]:
     return said
-  steps, gap, null = until.row.values, until.gap_ratio.values, until.null_ratio.values
+  steps, gap, null = until.step.values, until.gap_ratio.values, until.null_ratio.values
   spans = phase_spans(until)
   edges = [first for phase, first, _ in spans if phase != sedjax.Phase.NO_EDGE]
   rises = [first for phase, first, _ in spans if phase == sedjax.Phase.RISE]
@@ -262,39 +229,41 @@ def facts(run: xr.Dataset) -> dict[str, str]:
     "ambiguous k*": f"{until.edge_ambiguous.values.mean():.0%}",
   }
   if rises:
-    said["test at last RISE"] = f"{run.test_accuracy.sel(step=rises[-1], method='bfill').item():.1%}, {rises[-1]}"
+    tested = run.test_accuracy.sel(test_accuracy_step=rises[-1], method="bfill")
+    said["test at last RISE"] = f"{tested.item():.1%}, {rises[-1]}"
   return said
 
 
-def fact_table(record: xr.Dataset) -> Table:
+def fact_table(runs: list[xr.Dataset]) -> Table:
   """One column for each run."""
-  told = [facts(record.isel(run=i)) for i in range(record.sizes["run"])]
-  table = Table("until the grok", *record.run.values, box=rich.box.SIMPLE_HEAD, pad_edge=False)
+  told = [facts(run) for run in runs]
+  names = [f"seed {run.seed.item()}" for run in runs]
+  table = Table("until the grok", *names, box=rich.box.SIMPLE_HEAD, pad_edge=False)
   for name in dict.fromkeys(name for run in told for name in run):
     table.add_row(name, *(run.get(name, "–") for run in told))
   return table
 
 
-def draw(record: xr.Dataset) -> Figure:
+def draw(runs: list[xr.Dataset]) -> Figure:
   """A column for each run: accuracy, singular values, gap ratio with its phases, and k*, over the steps."""
-  runs = record.sizes["run"]
-  figure = Figure((1.8 + 2.8 * runs, 8.4), layout="constrained")
-  axes = figure.subplots(4, runs, sharex=True, sharey="row", squeeze=False, height_ratios=(3, 3, 3, 1.5))
-  for i in range(runs):
-    draw_run(axes[:, i], record.isel(run=i), record.attrs["every"])
+  every = int(runs[0].attrs["every"])
+  figure = Figure((1.8 + 2.8 * len(runs), 8.4), layout="constrained")
+  axes = figure.subplots(4, len(runs), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 3, 3, 1.5))
+  for column, run in zip(axes.T, runs, strict=True):
+    draw_run(column, run, every)
   for axis, label in zip(axes[:, 0], ("accuracy", "singular value\n(parameter units)", "gap ratio", "k*"), strict=True):
     axis.set_ylabel(label)
   values, gaps, places = axes[1:, 0]
   values.set_yscale("log")
   gaps.set_yscale("log")
-  top = max(2.0, 1.1 * record.gap_ratio.max().item())
+  top = max(2.0, *(1.1 * run.gap_ratio.max().item() for run in runs))
   gaps.set_ylim(0.97, top)
   gaps.set_yticks([tick for tick in (1, 1.5, 2, 3, 5, 10, 20, 50, 100) if tick <= top])
   gaps.yaxis.set_major_formatter("{x:g}")
   gaps.yaxis.set_minor_locator(NullLocator())
   places.set_yticks(range(1, WINDOW // 2 + 1))
   places.set_ylim(0.4, WINDOW // 2 + 0.6)
-  axes[0, 0].set_xlim(0, record.step.max().item() * 1.01)
+  axes[0, 0].set_xlim(0, runs[0].step[-1].item() * 1.01)
   axes[0, 0].xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
   phases = [
     Patch(fc=color, ec="0.6", lw=0.5, label=phase.name.lower().replace("_", " "))
@@ -304,8 +273,7 @@ def draw(record: xr.Dataset) -> Figure:
     named = {label: handle for axis in row for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     handles = [*named.values(), *phases] if row[0] is gaps else list(named.values())
     row[-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=8)
-  span = record.attrs["window"] * record.attrs["every"]
-  figure.supxlabel(f"step (a window is drawn at its end and looks back {span} steps)", fontsize=10)
+  figure.supxlabel(f"step (a window is drawn at its end and looks back {WINDOW * every} steps)", fontsize=10)
   return figure
 
 
@@ -313,21 +281,21 @@ def draw_run(axes: Any, run: xr.Dataset, every: int) -> None:
   """One column of the figure."""
   accuracy, values, gaps, places = axes
   grok = grok_step(run)
-  full = run.isel(row=run.k_star.values > 0)
-  accuracy.set_title(f"{run.run.item()}\n{'did not grok' if grok is None else f'grok step {grok}'}", fontsize=10)
-  accuracy.plot(run.step, run.train_accuracy, color=ORANGE, ls=(0, (4, 1.5)), label="train")
-  accuracy.plot(run.step, run.test_accuracy, color=BLUE, label="test")
+  full = run.isel(step=run.k_star.values > 0)
+  accuracy.set_title(f"seed {run.seed.item()}\n{'did not grok' if grok is None else f'grok step {grok}'}", fontsize=10)
+  accuracy.plot(run.train_accuracy_step, run.train_accuracy, color=ORANGE, ls=(0, (4, 1.5)), label="train")
+  accuracy.plot(run.test_accuracy_step, run.test_accuracy, color=BLUE, label="test")
   for k in range(1, WINDOW + 1):
     color = colormaps["cividis"](0.9 * (k - 1) / (WINDOW - 1))
     label = f"$σ_{{{k}}}$" if k in (1, 2, 3, WINDOW) else None
-    values.plot(full.row, full.singular_values.sel(index=k), color=color, lw=1, label=label)
+    values.plot(full.step, full.singular_values.sel(index=k), color=color, lw=1, label=label)
   for phase, first, last in phase_spans(full):
     gaps.axvspan(first - every / 2, last + every / 2, color=PHASE_COLORS[phase], lw=0)
-  gaps.plot(full.row, full.gap_ratio, color="black", lw=1.2, label="gap ratio")
-  gaps.plot(full.row, full.null_ratio, color="black", lw=1, ls=":", label="null")
+  gaps.plot(full.step, full.gap_ratio, color="black", lw=1.2, label="gap ratio")
+  gaps.plot(full.step, full.null_ratio, color="black", lw=1, ls=":", label="null")
   for label, face in (("clear", BLUE), ("ambiguous", "white")):
-    some = full.isel(row=full.edge_ambiguous.values == (label == "ambiguous"))
-    places.plot(some.row, some.k_star, "o", ms=3, mew=0.6, color=BLUE, mfc=face, label=label)
+    some = full.isel(step=full.edge_ambiguous.values == (label == "ambiguous"))
+    places.plot(some.step, some.k_star, "o", ms=3, mew=0.6, color=BLUE, mfc=face, label=label)
   for axis in axes:
     axis.spines[["top", "right"]].set_visible(False)
     if grok is not None:
@@ -362,7 +330,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
   args = parse(argv)
-  settings, console = args.settings, Console()
+  settings = args.settings
   kind = "the companion papers' settings" if args.paper else "settings that grok sooner than the companion papers' do"
   kind = "a smoke test, too short to grok" if args.smoke else kind
   console.print(
@@ -372,14 +340,12 @@ def main(argv: list[str]) -> None:
     soft_wrap=True,
   )
   lanes = [(seed, decay) for decay in ([1.0, 0.0] if args.controls else [1.0]) for seed in args.seeds]
-  record = train(settings, lanes, console)
-  record.attrs["command"] = shlex.join(["python", "examples/grokking.py", *argv])
   file, picture = args.out / "grokking.nc", args.out / "grokking.png"
-  record.to_netcdf(file, engine="h5netcdf")
-  record = xr.load_dataset(file, engine="h5netcdf")  # what follows needs only the file
-  draw(record).savefig(picture, dpi=150)
-  for first in range(0, len(lanes), 3):  # three runs side by side fit into 80 columns
-    console.print(fact_table(record.isel(run=slice(first, first + 3))))
+  train(settings, lanes, file, shlex.join(["python", "examples/grokking.py", *argv]))
+  runs = runs_of(file)  # what follows needs only the file
+  draw(runs).savefig(picture, dpi=150)
+  for first in range(0, len(runs), 3):  # three runs side by side fit into 80 columns
+    console.print(fact_table(runs[first : first + 3]))
   console.print(f"Wrote {file} and {picture}.", soft_wrap=True)
 
 

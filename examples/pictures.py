@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import shlex
+import operator
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,6 @@ import jax
 import jax.numpy as jnp
 import modular
 import numpy as np
-import optax
-import xarray as xr
 from matplotlib.figure import Figure
 
 import sedjax
@@ -45,12 +43,15 @@ def group_of(path: str) -> str:
   return {"tokens": "embeddings", "positions": "embeddings"}.get(first, first if "Block" in first else "head")
 
 
-def train(settings: modular.Settings, console: Any = print) -> xr.Dataset:
-  """Trains all seeds at once and returns the record."""
-  sketch = sedjax.sketch.count()
-  tracker = sedjax.track_spectral_edge(
-    WINDOWS, every=settings.row_every, momentum=modular.MOMENTUM, groups=group_of, sketch=sketch
-  )
+def train(settings: modular.Settings, file: Path) -> None:
+  """Trains all seeds at once and writes the record."""
+  options: dict[str, Any] = {
+    "window": WINDOWS,
+    "every": settings.row_every,
+    "momentum": modular.MOMENTUM,
+    "groups": group_of,
+  }
+  tracker = sedjax.track_spectral_edge(**options)
   train_step = functools.partial(modular.train_step, settings, tracker)
 
   def one_step(lanes: Any, step: jax.Array) -> tuple[Any, None]:
@@ -69,38 +70,22 @@ def train(settings: modular.Settings, console: Any = print) -> xr.Dataset:
   lanes = jax.jit(jax.vmap(functools.partial(modular.init, settings, tracker)))(
     jnp.asarray(SEEDS), jnp.ones(len(SEEDS))
   )
-  told = []
-  for start in range(0, settings.max_steps, settings.eval_every):
-    lanes, news = interval(lanes, np.int32(start))
-    told.append(jax.device_get(news))
-    if start % (10 * settings.eval_every) == 0:
-      console(f"step {start + settings.eval_every}: test accuracy {told[-1][2].round(3).tolist()}", flush=True)
-  reports, trained, tested = jax.tree.map(lambda *parts: np.stack(parts), *told)
-  reports = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), reports)
-  names = [record.WHOLE, *dict.fromkeys(map(group_of, paths_of(lanes.params)))]
   device = jax.devices()[0]
-  made = record.to_dataset(
-    reports,
-    steps=np.arange(settings.row_every, settings.max_steps + 1, settings.row_every),
-    windows=WINDOWS,
-    groups=names,
-    seeds=SEEDS,
-    attrs={
-      "sketch": f"{type(sketch).__name__.lower()}, dim {sketch.dim}, seed {sketch.seed}",
-      "every": settings.row_every,
-      "source": "updates",
-      "momentum": modular.MOMENTUM,
-      "windows": list(WINDOWS),
-      "device": f"{device.platform} ({device.device_kind})",
-      "command": shlex.join(["python", "examples/pictures.py", *sys.argv[1:]]),
-      **{f"{module.__name__}_version": module.__version__ for module in (jax, optax, flax, sedjax)},
-    },
-  )
-  steps = np.arange(settings.eval_every, settings.max_steps + 1, settings.eval_every)
-  for name, values in (("test_accuracy", tested), ("train_accuracy", trained)):
-    attrs = {"long_name": name.replace("_", " "), "units": "1"}
-    made = made.assign({name: ((f"{name}_step", "seed"), values, attrs)}).assign_coords({f"{name}_step": steps})
-  return made
+  attrs = {"device": f"{device.platform} ({device.device_kind})", "flax_version": flax.__version__}
+  names = [record.WHOLE, *dict.fromkeys(map(group_of, paths_of(lanes.params)))]
+  for old in (file, file.with_name(f"{file.name}.journal")):  # a record that exists would be continued
+    old.unlink(missing_ok=True)
+  recorder = record.Recorder(file, tracker=options, windows=WINDOWS, groups=names, seeds=SEEDS, attrs=attrs)
+  with recorder:
+    for start in range(0, settings.max_steps, settings.eval_every):
+      lanes, news = interval(lanes, np.int32(start))
+      reports, trained, tested = jax.device_get(news)
+      for row in range(settings.eval_every // settings.row_every):
+        newest = jax.tree.map(operator.itemgetter(row), reports)
+        recorder.append(start + (row + 1) * settings.row_every, newest)
+      recorder.log(start + settings.eval_every, train_accuracy=trained, test_accuracy=tested)
+      if start % (10 * settings.eval_every) == 0:
+        print(f"step {start + settings.eval_every}: test accuracy {tested.round(3).tolist()}", flush=True)
 
 
 def paths_of(params: Any) -> list[str]:
@@ -114,9 +99,9 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--smoke", action="store_true", help="a few steps, to see that everything works")
   args = parser.parse_args(argv)
   args.out.mkdir(parents=True, exist_ok=True)
-  train(SMOKE if args.smoke else SETTINGS).to_netcdf(args.out / "run.nc", engine="h5netcdf")
+  train(SMOKE if args.smoke else SETTINGS, args.out / "run.nc")
   # What follows needs only the file.
-  with xr.open_dataset(args.out / "run.nc", engine="h5netcdf") as made:
+  with record.open_record(args.out / "run.nc") as made:
     for name, (draw, height) in PICTURES.items():
       figure = Figure((7.6, height), layout="constrained")
       draw(made, ax=figure.subplots(), window=10)

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-import xarray as xr
+
+from sedjax.record import open_record
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -22,13 +23,20 @@ def test_grokking_smoke(tmp_path):
   assert "too short to grok" in done.stdout
   assert "grok step" in done.stdout
   assert (tmp_path / "grokking.png").read_bytes().startswith(b"\x89PNG")
-  record = xr.load_dataset(tmp_path / "grokking.nc", engine="h5netcdf")
-  assert dict(record.sizes) == {"run": 2, "step": 2, "row": 12, "index": 10}
-  assert record.weight_decay.values.tolist() == [1.0, 0.0]
-  assert record.k_star.values[:, :9].max() == 0
-  assert record.k_star.values[:, 9:].min() >= 1
-  assert {"units", "long_name"} <= set(record.singular_values.attrs)
-  assert {"sketch_id", "window", "every", "command", "device", "sedjax_version"} <= set(record.attrs)
+  with open_record(tmp_path / "grokking.nc") as record:
+    assert {name: record.sizes[name] for name in ("seed", "step", "test_accuracy_step")} == {
+      "seed": 2,
+      "step": 12,
+      "test_accuracy_step": 2,
+    }
+    assert record.weight_decay.tolist() == [1.0, 0.0]
+    k_star = record.k_star.values[..., 0, 0]
+    assert k_star[:9].max() == 0
+    assert k_star[9:].min() >= 1
+    assert {"sketch_id", "every", "command", "device", "sedjax_version"} <= set(record.attrs)
+  done = run("-m", "sedjax", "report", tmp_path / "grokking.nc", "-o", tmp_path / "report.html")
+  assert done.returncode == 0, done.stderr
+  assert "What happened in grokking.nc" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -53,5 +61,6 @@ def test_pictures_smoke(tmp_path):
   for name in ("gap-ratio", "ratios", "groups"):
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
   assert "What happened in run.nc" in (tmp_path / "report.html").read_text()
-  record = xr.load_dataset(tmp_path / "run.nc", engine="h5netcdf")
-  assert record.sizes["seed"] == 2
+  with open_record(tmp_path / "run.nc") as record:
+    assert record.sizes["seed"] == 2
+    assert record.test_accuracy.sizes["test_accuracy_step"] == 4
