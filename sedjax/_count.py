@@ -91,7 +91,7 @@ def _indices(size: int) -> Any:
   return np.arange(size, dtype=np.uint32) if size <= _TABLE else lax.iota(jnp.uint32, size)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
   """How a leaf's rows fall into buckets."""
 
   key: Any  # uint32[]
@@ -144,19 +144,21 @@ def offset_of(path: str, dim: int, seed: int) -> int:
   return int(mix(np.asarray([path_key(path, seed)]))[0]) % dim
 
 
-def vector_signs(hashes: Hashes) -> np.ndarray:
-  """int8[n], in NumPy: what a real vector or scalar is multiplied by, before it is added from its place on."""
-  bits = mix(hashes.rows[0] ^ hashes.columns) << np.uint32(31)
+def row_signs(hashes: Hashes, start: int, stop: int) -> np.ndarray:
+  """int8[stop - start, n], in NumPy: the signs of a real leaf's rows from `start` on."""
+  row = np.arange(start, stop, dtype=np.uint32)
+  bits = mix(hashes.rows[row // _HASH_ROWS][:, None] ^ hashes.columns) << (np.uint32(31) - row % _HASH_ROWS)[:, None]
   return np.where(bits >= _SIGN, -1, 1).astype(np.int8)
 
 
-def _plan(piece: Piece, shape: tuple[int, ...], dim: int, seed: int) -> _Plan:
-  key = path_key(piece.path, seed) if piece.hashes is None else piece.hashes.key
+def plan_of(path: str, hashes: Hashes | None, shape: tuple[int, ...], dim: int, seed: int) -> Plan:
+  """That of a leaf; where its hashes are given, its first bucket is number 0."""
+  key = path_key(path, seed) if hashes is None else hashes.key
   columns = shape[-1] if shape else 1
   rows = math.prod(shape[:-1])
   if max(rows, columns) > 2**32:
     raise ValueError(
-      f"sedjax.sketch.count: leaf {piece.path!r} has {max(rows, columns):,} {'rows' if rows > columns else 'columns'}, "
+      f"sedjax.sketch.count: leaf {path!r} has {max(rows, columns):,} {'rows' if rows > columns else 'columns'}, "
       "and indices of up to 2**32 are told apart; split the leaf, or give it more trailing numbers and fewer rows."
     )
   # Where whole bucket rows would leave more than a ninth of the sketch empty, they wrap around it once.
@@ -167,8 +169,8 @@ def _plan(piece: Piece, shape: tuple[int, ...], dim: int, seed: int) -> _Plan:
   while per_bucket > 1 and -(-rows // per_bucket) < 2 * capacity:
     per_bucket //= 2
   buckets = min(-(-rows // per_bucket), capacity)
-  offset = offset_of(piece.path, dim, seed) if piece.hashes is None else 0
-  return _Plan(key, rows, columns, per_bucket, buckets, offset)
+  offset = offset_of(path, dim, seed) if hashes is None else 0
+  return Plan(key, rows, columns, per_bucket, buckets, offset)
 
 
 def _as_uint(x: jax.Array) -> jax.Array:
@@ -251,6 +253,27 @@ def _strided_sums(
   return _flip(functools.reduce(jnp.add, sums), sign)
 
 
+def _stride(x: jax.Array, per_bucket: int, part: int | None) -> int:
+  """How many rows one kernel sums."""
+  # XLA repeats what is done to every slice in the kernel up to 15 times; more often, it would store the whole leaf.
+  return min(_STRIDE if part in (None, WIDE) and x.dtype == jnp.float32 else _STRIDE // 2, per_bucket)
+
+
+def chunk_sums(x: jax.Array, keys: Any, columns: Any, *, per_bucket: int) -> jax.Array:
+  """float64[m / per_bucket, n]: sums of the signed rows of each bucket, of the rows [m, n] of a leaf that have `keys`.
+
+  It has to be called where float64 is enabled; m is a multiple of 32, and so is the number of rows before.
+  """
+  stride = _stride(x, per_bucket, WIDE)
+
+  def sums() -> list[jax.Array]:
+    count = x.shape[0] // stride
+    return [_strided_sums(x, keys, columns, jnp.float32(1), row=0, count=count, stride=stride, part=WIDE)]
+
+  found = _branch(_apart(_zero_of(x[0, 0].astype(jnp.float32))), sums)[0]
+  return found.reshape(-1, per_bucket // stride, x.shape[1]).sum(1) if stride < per_bucket else found
+
+
 @functools.partial(jax.jit, static_argnames="part")
 def _signed(x: jax.Array, bits: Any, grid: Any, *, part: int | None) -> jax.Array:
   return _flip(part_of(x, part, grid), bits)
@@ -298,7 +321,7 @@ class _Term(NamedTuple):
 
 
 def _strided_terms(piece: Piece, group: int, dim: int, seed: int, part: Any, grid: Any) -> Iterator[_Term]:
-  plan = _plan(piece, piece.array.shape, dim, seed)
+  plan = plan_of(piece.path, piece.hashes, piece.array.shape, dim, seed)
   if piece.hashes is None:
     columns = index_hash(_indices(plan.columns), plan.key)
     keys = index_hash(_indices(-(-plan.rows // _HASH_ROWS)), ~plan.key)
@@ -311,8 +334,7 @@ def _strided_terms(piece: Piece, group: int, dim: int, seed: int, part: Any, gri
     bits = mix(keys[row // _HASH_ROWS][:, None] ^ columns) << (np.uint32(31) - row % np.uint32(_HASH_ROWS))[:, None]
     yield term(lambda _: _signed(x, bits & _SIGN, grid, part=part), 0)
     return
-  # XLA repeats what is done to every slice in the kernel up to 15 times; more often, it would store the whole leaf.
-  stride = min(_STRIDE if part in (None, WIDE) and x.dtype == jnp.float32 else _STRIDE // 2, plan.per_bucket)
+  stride = _stride(x, plan.per_bucket, part)
   whole = plan.rows // plan.per_bucket
   most = max(1, _ALIVE * _STRIDE // (plan.per_bucket * plan.buckets * plan.columns)) * plan.buckets
   parts = plan.per_bucket // stride
@@ -333,6 +355,14 @@ def _branch(condition: Any, results: Callable[[], list[Any]]) -> list[Any]:
   """The results, where the condition is true."""
   shapes = jax.eval_shape(results)
   return lax.cond(condition, results, lambda: [jnp.zeros(x.shape, x.dtype) for x in shapes]) if shapes else []
+
+
+def _apart(zero: jax.Array) -> jax.Array:
+  """bool[]: true, as XLA cannot know on CPU, where what a `_branch` gives is then stored.
+
+  On GPU, whose host would wait for the condition, it is known, and branches are left out at once.
+  """
+  return lax.platform_dependent(zero, cpu=lambda zero: zero == 0, default=lambda _: jnp.bool_(True))
 
 
 def _waves(terms: list[_Term]) -> list[list[_Term]]:
@@ -359,10 +389,9 @@ def _strided_rows(
   ]
   some = pieces[0].array if pieces else grid
   zero = _shared_zero_of(some[(0,) * some.ndim].astype(jnp.float32))
-  # Branches that are always taken, as XLA cannot know. Its CPU compiler would make sums where they are used, index by
-  # index of a flat array; and where it knew the place it would write a new row, instead of a part of the old one. On
-  # GPU, whose host would wait for the condition, the branches are left out at once.
-  apart = lax.platform_dependent(zero, cpu=lambda zero: zero == 0, default=lambda _: jnp.bool_(True))
+  # XLA's CPU compiler would make sums where they are used, index by index of a flat array; and where it knew the place
+  # it would write a new row, instead of a part of the old one.
+  apart = _apart(zero)
   places = _branch(apart, lambda: [np.int32(term.place) for term in terms])
   terms = [term._replace(place=place) for term, place in zip(terms, places, strict=True)]
   rows = [jnp.zeros((2 * dim,), _dtype(part)) for _ in range(labels)]  # whatever is added lies in one piece
@@ -380,7 +409,7 @@ def _strided_rows(
 # ---- indexed form ----
 
 
-def _bucket_sums(piece: Piece, plan: _Plan, most: int, part: Any, grid: Any) -> jax.Array:
+def _bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: Any) -> jax.Array:
   """float32[g, n]: bucket sums of a leaf or block; one contraction gives at most `most` of the g."""
   row = piece.row_index()
   keys, columns = index_hash(row >> 5, ~plan.key), index_hash(piece.column_index(), plan.key)
@@ -407,7 +436,7 @@ def _hashed_bucket_sums(
   return jnp.concatenate(sums)
 
 
-def _chunked_bucket_sums(piece: Piece, plan: _Plan, most: int, part: Any, grid: Any) -> jax.Array:
+def _chunked_bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: Any) -> jax.Array:
   """`_bucket_sums` by parts of the first axis, for CPU, whose contractions store their operands."""
   x, start = piece.array, piece.start or (0,)
   size = max(1, _CHUNK * x.shape[0] // x.size) if x.ndim > 1 else x.shape[0]
@@ -435,7 +464,7 @@ def _gathered(vector: jax.Array) -> jax.Array:
 def _indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> tuple[int, jax.Array]:
   """A place in the sketch, and what a leaf or block adds from there on."""
   piece = piece.placed()
-  plan = _plan(piece, piece.shape, dim, seed)
+  plan = plan_of(piece.path, piece.hashes, piece.shape, dim, seed)
   if piece.start is None:
     if plan.rows == 1 and plan.columns <= dim:
       piece = piece._replace(array=_gathered(piece.array))

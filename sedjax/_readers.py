@@ -49,6 +49,7 @@ class Reader:
   """A checkpoint that is open."""
 
   tensors: dict[str, TensorInfo]  # by name, as in the file
+  in_parts = False  # whether parts of tensors are read at no more cost than the whole
 
   def read(self, name: str, start: int, out: np.ndarray) -> None:
     """Fills `out` [n] with the numbers start … start + n - 1 of a tensor in row-major order.
@@ -122,6 +123,8 @@ def _is_size(value: Any) -> bool:
 
 class SafetensorsReader(Reader):
   """One safetensors file."""
+
+  in_parts = True
 
   def __init__(self, path: pathlib.Path):
     self.tensors, self._starts = {}, {}
@@ -199,6 +202,7 @@ class ShardedReader(Reader):
         if name not in self._shards[shard].tensors:
           raise ReadError(f"its shard {shard} lacks tensor {name!r}")
         self.tensors[name] = self._shards[shard].tensors[name]
+      self.in_parts = all(shard.in_parts for shard in self._shards.values())
     except BaseException:
       self.close()
       raise

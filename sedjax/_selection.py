@@ -136,6 +136,7 @@ class Reading:
     self.entry = entry
     with about(entry):
       self._reader: Reader = open_checkpoint(pathlib.Path(entry.file))
+    self.in_parts = self._reader.in_parts
     try:
       with about(entry):
         self.names = _paths(_in_model(self._reader.tensors), rename)

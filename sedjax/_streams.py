@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import json
+import queue
 import sys
-from collections.abc import Generator, Iterator
-from typing import Any
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from sedjax import core
-from sedjax._count import WIDE, Hashes, Piece, vector_signs
+from sedjax._leaves import COMPILERS, QUICK, Part, Sketcher, known
 from sedjax._selection import Leaf, Reading, Selection, aligned
-from sedjax._series import Entry, error_at
+from sedjax._series import CheckpointError, Entry, error_at
 from sedjax._store import Store, signature_of
 from sedjax._types import Report
-from sedjax.sketch import Count, as_real
 
 # NumPy's BLAS makes smaller products in one thread. Its threads spin while they wait for each other, and on a machine
 # that does something else, too, a product took 200 times as long with two of them.
@@ -29,34 +29,104 @@ _ONE_THREAD = 2**18
 _CACHED = 2**13  # differences made at a time, that stay in a cache
 _EXACT_BYTES = 2**27  # differences held at a time in exact mode
 _OPEN_FILES = 64
+_WORKING = 2  # leaves that compiled functions may be at work on while the next one is handed to them
+_RING = 2**24  # bytes read ahead, which stay in a cache where tensors are read in parts
+_ALIGNED = 64  # bytes, for arrays that JAX on a CPU works on where they are
 
 
 # ---- reading ahead ----
 
 
-def _ahead(items: Generator[Any]) -> Generator[Any]:
-  """The same items, each made by a thread while the one before it is worked on."""
-  end = object()
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    try:
-      future = pool.submit(next, items, end)
-      while (item := future.result()) is not end:
-        future = pool.submit(next, items, end)
-        yield item
-    finally:
-      pool.shutdown()
-      items.close()
+class _Closed(Exception):
+  """What was read is not wanted any more."""
 
 
-class _Buffers:
-  """Two buffers in turn: one is filled while the other is worked on."""
+class _Ring:
+  """Memory for at least two of the largest array, in which reading runs ahead of the work."""
 
-  def __init__(self, size: int):
-    self._buffers = [aligned(size, np.dtype(np.uint8)) for _ in range(2)]
+  def __init__(self):
+    self._memory = aligned(_RING, np.dtype(np.uint8))
+    self._held: collections.deque[tuple[int, int]] = collections.deque()  # start and end, oldest first
+    self._changed = threading.Condition()
+    self._closed = False
 
   def next(self, size: int, dtype: np.dtype) -> np.ndarray:
-    self._buffers.reverse()
-    return self._buffers[0][: size * dtype.itemsize].view(dtype)
+    """An array of `size` numbers, once there is room for it."""
+    length = max(1, -(-size * dtype.itemsize // _ALIGNED)) * _ALIGNED
+    with self._changed:
+      while (start := self._place(length)) is None and not self._closed:
+        self._changed.wait()
+      if self._closed or start is None:
+        raise _Closed
+      self._held.append((start, start + length))
+      return self._memory[start : start + size * dtype.itemsize].view(dtype)
+
+  def _place(self, length: int) -> int | None:
+    if not self._held:
+      if 2 * length > self._memory.size:
+        self._memory = aligned(2 * length, np.dtype(np.uint8))
+      return 0
+    if 2 * length > self._memory.size:
+      return None
+    first, last = self._held[0][0], self._held[-1][1]
+    if first < last:
+      if last + length <= self._memory.size:
+        return last
+      last = 0
+    return last if last + length <= first else None
+
+  def give_back(self) -> None:
+    """The oldest array's place may be used again."""
+    with self._changed:
+      self._held.popleft()
+      self._changed.notify()
+
+  def close(self) -> None:
+    """Ends whoever waits for room."""
+    with self._changed:
+      self._closed = True
+      self._changed.notify()
+
+
+class _Ahead:
+  """Items that a thread makes ahead of the work; each holds an array of the ring, which the caller gives back.
+
+  Who waits for the next item has to have given back all others: the thread may wait for room.
+  """
+
+  def __init__(self, items: Generator[Any], ring: _Ring):
+    self._items, self._ring = items, ring
+    self._made: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+    self._thread = threading.Thread(target=self._make, name="sedjax reader", daemon=True)
+    self._thread.start()
+
+  def _make(self) -> None:
+    try:
+      for item in self._items:
+        self._made.put((True, item))
+      self._made.put((False, None))
+    except BaseException as error:
+      self._made.put((False, error))
+
+  def ready(self) -> bool:
+    """Whether there is an item, or an end, to be had without waiting."""
+    return not self._made.empty()
+
+  def __iter__(self) -> Iterator[Any]:
+    while True:
+      more, item = self._made.get()
+      if more:
+        yield item
+      elif item is None:
+        return
+      else:
+        raise item
+
+  def close(self) -> None:
+    """Ends the thread."""
+    self._ring.close()
+    self._thread.join()
+    self._items.close()
 
 
 class _Progress:
@@ -97,55 +167,33 @@ class _Progress:
 # ---- sketches ----
 
 
-_COMPILERS = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="sedjax-compiler")
-
-
-@functools.lru_cache(maxsize=512)
-def _compiled_row(sketch: Any, axes: Any, shape: tuple[int, ...], dtype: np.dtype) -> concurrent.futures.Future[Any]:
-  """The function that sketches tensors of one shape, in float64 and by their hashes, being compiled by a thread.
-
-  In float64 neither the sums of a sketch nor the differences of two lose what parameters in float32 hold.
-  """
-
-  def row(leaf: jax.Array, hashes: Hashes) -> jax.Array:
-    leaf = as_real(leaf if axes is None else leaf.transpose(axes))
-    return sketch.rows([Piece("", leaf, hashes=hashes)], [0], 1, WIDE)[0]
-
-  def compiled() -> Any:
-    with jax.enable_x64(True):
-      turned = shape if axes is None else tuple(shape[axis] for axis in axes)
-      hashes = sketch.hashes("", (2, *turned) if dtype.kind == "c" else turned)
-      return jax.jit(row).lower(jax.ShapeDtypeStruct(shape, dtype), hashes).compile()
-
-  return _COMPILERS.submit(compiled)
-
-
 # XLA's CPU compiler takes seconds over the many small operations of a report, which take no time to run.
-_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+_QUICK = {**QUICK, "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def _quick() -> dict[str, Any] | None:
-  return _QUICK if jax.default_backend() == "cpu" else None
+def _first_state(config: core.Config, tree: Any) -> core.TrackerState:
+  return jax.jit(lambda: core.init(config, tree)).lower().compile(known(**_QUICK))()
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled_push(config: core.Config, like: tuple[Any, ...]) -> concurrent.futures.Future[Any]:
-  """The function that takes in a row and reports, being compiled by a thread.
+def _compiled_push(config: core.Config, like: tuple[Any, ...]) -> tuple[Any, Report]:
+  """The function that takes in a row and reports, and a report of zeros.
 
   Args:
     config: what to measure, with any groups.
     like: the state's tree, then shape and dtype of each of its arrays.
   """
-  structure, *leaves = like
-  state = structure.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
 
   def push(state: core.TrackerState, row: jax.Array, steps: Any, lossy: Any) -> tuple[core.TrackerState, Report]:
     state = core.push_row(config, state, row, steps, lossy)
     return state, core.reports(state)
 
+  structure, *leaves = like
+  state = structure.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
   row = jax.ShapeDtypeStruct(state.rows.shape[1:], np.float32)
   lowered = jax.jit(push, donate_argnums=0).lower(state, row, np.int32(0), np.bool_(False))
-  return _COMPILERS.submit(lowered.compile, _quick())
+  blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), lowered.out_info[1])
+  return lowered.compile(known(**_QUICK)), blank
 
 
 def _grouped(path: str) -> str:
@@ -153,140 +201,175 @@ def _grouped(path: str) -> str:
   return path
 
 
-def _first_state(config: core.Config, tree: Any) -> core.TrackerState:
-  return jax.jit(lambda: core.init(config, tree)).lower().compile(_quick())()
-
-
 class _Tracker:
-  """A tracker's state, and what takes it on."""
+  """A tracker's state, and what takes it on, which a thread makes ready."""
 
   def __init__(self, selection: Selection):
-    config = selection.config
-    self.state = _first_state(config, selection.tree)
-    self.blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(core.reports, self.state))
+    self._made = COMPILERS.submit(self._make, selection.config, selection.tree)
+    self.state: Any = None
+
+  def _make(self, config: core.Config, tree: Any) -> tuple[Any, Report]:
+    self.state = _first_state(config, tree)
     leaves, structure = jax.tree.flatten(self.state)
     config = dataclasses.replace(config, groups=None if config.groups is None else _grouped)
-    self._push = _compiled_push(config, (structure, *((leaf.shape, leaf.dtype) for leaf in leaves)))
+    return _compiled_push(config, (structure, *((leaf.shape, leaf.dtype) for leaf in leaves)))
+
+  def ready(self) -> bool:
+    """Whether nothing has to wait for the compiler."""
+    return self._made.done()
+
+  def blank(self) -> Report:
+    """A report of zeros."""
+    return self._made.result()[1]
 
   def push(self, row: np.ndarray, steps: int, lossy: bool) -> Report:
-    self.state, report = self._push.result()(self.state, row, np.int32(steps), np.bool_(lossy))
+    call = self._made.result()[0]
+    self.state, report = call(self.state, row, np.int32(steps), np.bool_(lossy))
     return report
 
+  def save(self) -> dict[str, np.ndarray]:
+    self._made.result()
+    return {f"state{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))}
 
-_SMALL = 2**18  # columns of tensors whose hashes are kept from checkpoint to checkpoint
-
-
-@functools.lru_cache(maxsize=4096)
-def _hashes(sketch: Any, path: str, shape: tuple[int, ...]) -> Hashes:
-  return sketch.hashes(path, shape)
-
-
-@functools.lru_cache(maxsize=4096)
-def _vector_signs(sketch: Any, path: str, shape: tuple[int, ...]) -> np.ndarray:
-  return vector_signs(sketch.hashes(path, shape))
+  def restore(self, saved: Mapping[str, np.ndarray]) -> None:
+    self._made.result()
+    leaves, structure = jax.tree.flatten(self.state)
+    self.state = structure.unflatten([jax.numpy.asarray(saved[f"state{i}"]) for i in range(len(leaves))])
 
 
-def _is_vector(sketch: Any, leaf: Leaf) -> bool:
-  """Whether NumPy sketches a leaf, in less time than it takes to call a compiled function."""
-  return isinstance(sketch, Count) and leaf.dtype.kind == "f" and leaf.info.size == max((1, *leaf.shape[-1:]))
+class _Item(NamedTuple):
+  """A tensor of a checkpoint, or a part of it."""
+
+  i: int  # number of the checkpoint
+  leaf: Leaf
+  parts: list[Part]
+  array: np.ndarray
+  last: bool  # of the checkpoint
+
+  def start(self, sketcher: Sketcher) -> list[Callable[[np.ndarray], None]]:
+    """Begins to sketch it."""
+    if len(self.parts) == 1:
+      return [sketcher.start(self.leaf, self.parts[0], self.array)]
+    rows = self.array.reshape(-1, self.leaf.shape[-1])
+    return [sketcher.start(self.leaf, part, rows[part.start : part.start + part.rows]) for part in self.parts]
 
 
-def _compile_all(selection: Selection) -> None:
-  """Begins to compile what the leaves need."""
-  sketch = selection.config.sketch
-  for leaf in selection.leaves:
-    if not _is_vector(sketch, leaf):
-      _compiled_row(sketch, leaf.axes, leaf.info.shape, leaf.dtype)
-
-
-def _add_leaf(sketch: Any, leaf: Leaf, array: np.ndarray, rows: np.ndarray) -> bool:
-  """Adds a leaf's sketch to its label's row; returns whether it is finite."""
-  row, offset = rows[leaf.label], sketch.offset(leaf.path)
-  if _is_vector(sketch, leaf):
-    small = leaf.info.size <= _SMALL
-    signs = (_vector_signs if small else _vector_signs.__wrapped__)(sketch, leaf.path, leaf.shape)
-    sums = np.multiply(signs, array, dtype=np.float64)
-  else:
-    shape = (2, *leaf.shape) if leaf.dtype.kind == "c" else leaf.shape
-    hashes = (_hashes if shape[-1:] <= (_SMALL,) else _hashes.__wrapped__)(sketch, leaf.path, shape)
-    call = _compiled_row(sketch, leaf.axes, leaf.info.shape, leaf.dtype).result()
-    with jax.enable_x64(True):
-      sums = np.asarray(call(jax.device_put(array.reshape(leaf.info.shape)), hashes))
-  for at in range(0, sums.size, row.size):
-    lap = sums[at : at + row.size]
-    end = min(lap.size, row.size - offset)
-    row[offset : offset + end] += lap[:end]
-    row[: lap.size - end] += lap[end:]
-  return bool(np.isfinite(sums).all())
-
-
-def _read_leaves(series: list[Entry], selection: Selection, start: int) -> Generator[tuple[int, Leaf, np.ndarray]]:
+def _read_leaves(
+  series: list[Entry], selection: Selection, sketcher: Sketcher, start: int, ring: _Ring
+) -> Generator[_Item]:
   """All tracked tensors of the checkpoints from number `start` on."""
-  buffers = _Buffers(max(leaf.info.size * leaf.dtype.itemsize for leaf in selection.leaves))
   for i in range(start, len(series)):
     reading = Reading(series[i], selection.rename)
     try:
       reading.check(selection, series[0])
       for leaf in selection.leaves:
-        array = buffers.next(leaf.info.size, leaf.dtype)
-        reading.read(leaf.path, 0, array)
-        yield i, leaf, array
+        parts = sketcher.parts(leaf)
+        for some in [[part] for part in parts] if reading.in_parts else [parts]:
+          whole = len(some) == len(parts)
+          columns = leaf.shape[-1] if leaf.shape else 1
+          array = ring.next(leaf.info.size if whole else some[0].rows * columns, leaf.dtype)
+          reading.read(leaf.path, 0 if whole else some[0].start * columns, array)
+          yield _Item(i, leaf, some, array, leaf is selection.leaves[-1] and some[-1] is parts[-1])
     finally:
       reading.close()
+
+
+class _Sketched(NamedTuple):
+  """What a checkpoint came to."""
+
+  i: int  # its number
+  change: np.ndarray | None  # float32[labels, dim], since the base before it; None for the first
+  steps: int  # since then
+  lossy: bool  # rounding may exceed 1 % of the change
+  base: np.ndarray  # float64[labels, dim], from which the next change is reckoned
+  base_step: int
+
+
+def _sketches(
+  series: list[Entry],
+  selection: Selection,
+  sketcher: Sketcher,
+  start: int,
+  base: np.ndarray | None,
+  base_step: int,
+  progress: bool,
+) -> Iterator[_Sketched]:
+  """Sketches of the checkpoints from number `start` on."""
+  rows = np.zeros((len(selection.labels), selection.config.sketch.dim))
+  ring = _Ring()
+  working: collections.deque[tuple[_Item, list[Callable[[np.ndarray], None]]]] = collections.deque()
+  with (
+    _Progress(progress, selection.bytes * len(series), selection.bytes * start) as bar,
+    contextlib.closing(_Ahead(_read_leaves(series, selection, sketcher, start, ring), ring)) as items,
+  ):
+    for item in items:
+      i = item.i
+      working.append((item, item.start(sketcher)))
+      while working and (item.last or len(working) > _WORKING or not items.ready()):
+        done, finishes = working.popleft()
+        row = rows[done.leaf.label]
+        for finish in finishes:
+          finish(row)
+        ring.give_back()
+        if not np.isfinite(row).all():
+          raise error_at(series[i], done.leaf.path, "it holds NaN or infinite numbers")
+        bar.add(done.array.nbytes, f"step {series[i].step}")
+      if not item.last:
+        continue
+      change, steps, lossy = None, series[i].step - base_step, False
+      if base is not None:
+        change = (rows - base).astype(np.float32)
+        lossy = _norm(rows) * 2.0**-50 > 0.01 * _norm(change)
+      if base is None or np.any(change):
+        base, base_step = rows, series[i].step
+      yield _Sketched(i, change, steps, lossy, base, base_step)
+      rows = np.zeros_like(rows)
 
 
 def sketch_series(
   series: list[Entry], selection: Selection, store: Store, progress: bool
 ) -> Iterator[tuple[int, Report]]:
   """The reports so far, and then one after each checkpoint; the state is saved before it is handed out."""
-  config = selection.config
-  _compile_all(selection)
+  sketcher = Sketcher(selection)  # which begins to compile what comes first
   tracker = _Tracker(selection)
-  leaves, structure = jax.tree.flatten(tracker.state)
-  blank = tracker.blank
   done, base, base_step = 0, None, 0
   saved = store.load()
   if saved is not None:
     # Checkpoints that were read must still be there; later ones may have come.
     read = json.loads(saved["read"].tobytes())
     if read == [signature_of(entry) for entry in series[: len(read)]]:
-      tracker.state = structure.unflatten([jax.numpy.asarray(saved[f"state{i}"]) for i in range(len(leaves))])
+      tracker.restore(saved)
       done, base, base_step = len(read), saved["base"], int(saved["base_step"])
       print(f"going on after step {series[done - 1].step}", file=sys.stderr)
     else:
       print(f"{store.folder}: the checkpoints that were read have changed; beginning anew", file=sys.stderr)
-  size = len(_to_bytes(blank))
-  stored = store.reports(max(done - 1, 0) * size)
-  for i in range(1, done):
-    yield i, _from_bytes(stored[(i - 1) * size : i * size], blank)
+  if done:
+    size = len(_to_bytes(tracker.blank()))
+    stored = store.reports((done - 1) * size)
+    for i in range(1, done):
+      yield i, _from_bytes(stored[(i - 1) * size : i * size], tracker.blank())
   signatures = [signature_of(entry) for entry in series[:done]]
-  rows = np.zeros((len(selection.labels), config.sketch.dim))
-  with (
-    _Progress(progress, selection.bytes * len(series), selection.bytes * done) as bar,
-    contextlib.closing(_ahead(_read_leaves(series, selection, done))) as items,
-  ):
-    for i, leaf, array in items:
-      if not _add_leaf(config.sketch, leaf, array, rows):
-        raise error_at(series[i], leaf.path, "it holds NaN or infinite numbers")
-      bar.add(array.nbytes, f"step {series[i].step}")
-      if leaf is not selection.leaves[-1]:
-        continue
-      report = b""
-      signatures.append(signature_of(series[i]))
-      if base is None:
-        base, base_step = rows, series[i].step
-      else:
-        row = (rows - base).astype(np.float32)
-        lossy = _norm(rows) * 2.0**-50 > 0.01 * _norm(row)
-        report = _to_bytes(tracker.push(row, series[i].step - base_step, bool(lossy)))
-        if np.any(row):
-          base, base_step = rows, series[i].step
-      arrays = {f"state{n}": np.asarray(leaf) for n, leaf in enumerate(jax.tree.leaves(tracker.state))}
+  waiting: collections.deque[_Sketched] = collections.deque()
+
+  def reported() -> Iterator[tuple[int, Report]]:
+    while waiting:
+      one = waiting.popleft()
+      report = b"" if one.change is None else _to_bytes(tracker.push(one.change, one.steps, one.lossy))
+      signatures.append(signature_of(series[one.i]))
       read = np.frombuffer(json.dumps(signatures).encode(), np.uint8)
-      store.save({**arrays, "base": base, "base_step": base_step, "read": read}, report, i)
-      rows = np.zeros_like(rows)
+      store.save({**tracker.save(), "base": one.base, "base_step": one.base_step, "read": read}, report, one.i)
       if report:
-        yield i, _from_bytes(report, blank)
+        yield one.i, _from_bytes(report, tracker.blank())
+
+  try:
+    for one in _sketches(series, selection, sketcher, done, base, base_step, progress):
+      waiting.append(one)
+      if tracker.ready():  # until then the next checkpoints are read
+        yield from reported()
+  except (CheckpointError, KeyboardInterrupt):
+    yield from reported()
+    raise
+  yield from reported()
 
 
 def _norm(x: np.ndarray) -> float:
@@ -330,15 +413,14 @@ class _OpenFiles:
 
 
 def _read_chunks(
-  series: list[Entry], selection: Selection, start: int, size: int
+  series: list[Entry], selection: Selection, start: int, size: int, ring: _Ring
 ) -> Generator[tuple[Leaf, int, int, np.ndarray]]:
   """Of each tracked tensor from number `start` on, chunk by chunk: that chunk of all checkpoints."""
-  buffers = _Buffers(size * max(leaf.dtype.itemsize for leaf in selection.leaves))
   with contextlib.closing(_OpenFiles(series, selection)) as files:
     for leaf in selection.leaves[start:]:
       for first in range(0, leaf.info.size, size):
         for i in range(len(series)):
-          array = buffers.next(min(size, leaf.info.size - first), leaf.dtype)
+          array = ring.next(min(size, leaf.info.size - first), leaf.dtype)
           files[i].read(leaf.path, first, array)
           yield leaf, first, i, array
 
@@ -400,9 +482,10 @@ def exact_series(
     done, gram, fourth = int(saved["done"]), saved["gram"], saved["fourth"]
     print(f"going on after {done} of {len(selection.leaves)} tensors", file=sys.stderr)
   read = sum(leaf.info.size * leaf.dtype.itemsize for leaf in selection.leaves[:done])
+  ring = _Ring()
   with (
     _Progress(progress, selection.bytes * len(series), read * len(series)) as bar,
-    contextlib.closing(_ahead(_read_chunks(series, selection, done, size))) as items,
+    contextlib.closing(_Ahead(_read_chunks(series, selection, done, size, ring), ring)) as items,
   ):
     width = 2 if any(leaf.dtype.kind == "c" for leaf in selection.leaves) else 1
     band = _Band(rows, reach, width * size)
@@ -411,7 +494,9 @@ def exact_series(
       if not band.add(i, array, last):
         raise error_at(series[i], leaf.path, "it holds NaN or infinite numbers")
       bar.add(array.nbytes, leaf.path)
-      if last and first + array.size == leaf.info.size:
+      size_now = array.size
+      ring.give_back()
+      if last and first + size_now == leaf.info.size:
         gram[leaf.label] += band.gram
         fourth[leaf.label] += band.fourth
         band.gram[:], band.fourth[:] = 0, 0

@@ -92,8 +92,8 @@ def analyze(
       With `out`, the rows before it are in the record and are not computed again.
     ValueError: an argument is out of its range.
 
-  Cost: one read of the files; the memory of two of the largest tensor, the state of a tracker, and a sketch of the
-    parameters in float64. Exact: 128 MiB beside the state; files are read in pieces, orbax arrays and compressed
+  Cost: one read of the files; the memory of some tens of MiB where safetensors are read, and of two of the largest
+    tensor elsewhere, the state of a tracker, and a few sketches of the parameters in float64. Exact: 128 MiB beside the state; files are read in pieces, orbax arrays and compressed
     ones as often as they have pieces. To find tied tensors some numbers of each matrix are read twice.
   Source: arXiv 2603.15678, whose rows are differences of checkpoints. Departures: those of `track_spectral_edge`.
 

@@ -15,7 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedjax._count import WIDE, Hashes, Piece, count_rows, hashes_of, index_hash, mix, offset_of, part_of, path_key
+from sedjax._count import (
+  WIDE,
+  Hashes,
+  Piece,
+  Plan,
+  count_rows,
+  hashes_of,
+  index_hash,
+  mix,
+  offset_of,
+  part_of,
+  path_key,
+  plan_of,
+)
 
 _VERSION = 2
 
@@ -67,6 +80,10 @@ class Count(_Sketch):
 
   def offset(self, path: str) -> int:
     return offset_of(path, self.dim, self.seed)
+
+  def plan(self, path: str, shape: tuple[int, ...]) -> Plan:
+    """How the rows of a real leaf fall into buckets."""
+    return plan_of(path, None, shape, self.dim, self.seed)
 
 
 class Gaussian(_Sketch):

@@ -3,9 +3,11 @@
 import argparse
 import io
 import json
+import math
 import os
 import pickle
 import shutil
+import types
 
 import hypothesis
 import jax
@@ -16,7 +18,7 @@ import pytest
 from hypothesis import strategies
 
 import sedjax
-from sedjax import _analyze_cli, _count, _readers, _store, checkpoints
+from sedjax import _analyze_cli, _count, _leaves, _readers, _selection, _store, _streams, checkpoints
 from sedjax._null import row_covariance
 from sedjax.record import to_dataset
 
@@ -572,26 +574,68 @@ def test_mangled_files_give_the_error_or_a_result(kind, tmp_path):
   assert all(message and "\n" not in message for message in messages)
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (70,), (5, 3), (96, 40), (33, 64), (1000, 24), (3, 4, 30), (2, 90)])
+@pytest.mark.parametrize(
+  "shape", [(), (7,), (70,), (5, 3), (96, 40), (33, 64), (1000, 24), (3, 4, 30), (2, 90), (200, 30), (4, 50, 7)]
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16])
-def test_sketches_by_hashes_are_those_by_path(shape, dtype):
-  """In float64, in both forms of the map, and for vectors in NumPy."""
+@pytest.mark.parametrize("plain", [2**18, 50])
+def test_sketches_of_parts_are_those_of_the_whole(shape, dtype, plain, monkeypatch):
+  """In float64; by NumPy, by compiled functions of several parts, and by both, for what the last part leaves."""
+  monkeypatch.setattr(_leaves, "_PLAIN", plain)
+  monkeypatch.setattr(_leaves, "_CHUNK", 3000)
   dim, path = 64, "layer/w"
   sketch = sedjax.sketch.count(dim, seed=2)
   x = np.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+  other = _selection.Leaf("other", _readers.TensorInfo((64, *shape[-1:]), x.dtype), None, 0)
+  leaf = _selection.Leaf(path, _readers.TensorInfo(shape, x.dtype), None, 0)
+  selection = types.SimpleNamespace(config=types.SimpleNamespace(sketch=sketch), leaves=(leaf, other))
+  sketcher = _leaves.Sketcher(selection)
+  parts = sketcher.parts(leaf)
+  assert sum(part.rows - part.known for part in parts) == math.prod(shape[:-1])
+  if shape == (1000, 24) and plain == 50:
+    assert parts[-2:] == [_leaves.Part(864, 128, 32), _leaves.Part(992, 8, 0)]
+  row, flat = np.zeros(dim), x.reshape(-1, *shape[-1:])
+  for part in parts:
+    sketcher.start(leaf, part, np.ascontiguousarray(flat[part.start : part.start + part.rows]))(row)
   expected = np.asarray(sketch.apply(path, jnp.asarray(x.astype(np.float32))), np.float64)
-  hashes = sketch.hashes(path, shape)
+  np.testing.assert_allclose(row, expected, rtol=2e-5, atol=2e-5)
   with jax.enable_x64(True):
-    piece = _count.Piece("", jnp.asarray(x), hashes=hashes)
-    rows = _count._strided_rows([piece], [0], 1, dim, 2, _count.WIDE, None)
-    found = [np.asarray(rows[0]), np.asarray(sketch.rows([piece], [0], 1, _count.WIDE)[0])]
-  if x.ndim < 2:
-    signed = np.multiply(_count.vector_signs(hashes), x.reshape(-1), dtype=np.float64)
-    found.append(np.pad(signed, (0, -x.size % dim)).reshape(-1, dim).sum(0))
-  for row in found:
-    assert row.dtype == np.float64
-    np.testing.assert_allclose(np.roll(row, sketch.offset(path)), expected, rtol=2e-5, atol=2e-5)
-    np.testing.assert_allclose(row, found[0], rtol=1e-12, atol=1e-12)
+    piece = _count.Piece("", jnp.asarray(x), hashes=sketch.hashes(path, shape))
+    for whole in (
+      sketch.rows([piece], [0], 1, _count.WIDE)[0],
+      _count._strided_rows([piece], [0], 1, dim, 2, _count.WIDE, None)[0],
+    ):
+      assert whole.dtype == np.float64
+      np.testing.assert_allclose(row, np.roll(whole, sketch.offset(path)), rtol=1e-12, atol=1e-12)
+
+
+def test_parts_that_are_read_make_the_same_record(tmp_path, series, record, monkeypatch):
+  monkeypatch.setattr(_leaves, "_PLAIN", 300)
+  monkeypatch.setattr(_leaves, "_CHUNK", 1500)
+  monkeypatch.setattr(_streams, "_RING", 2**10)  # which has to grow, and is full most of the time
+  for kind in ("safetensors", "sharded", "fortran"):
+    found = checkpoints.analyze(write(tmp_path / kind, series, *FORMATS[kind]), window=(3, 5), groups=GROUPS)
+    assert_same(found, record, rtol=1e-6)
+
+
+def test_without_quick_compilation(files, record, monkeypatch):
+  """As where the compiler does not know its options."""
+  monkeypatch.setattr(_streams, "known", lambda **_: None)
+  monkeypatch.setattr(_leaves, "known", lambda **_: None)
+  for cached in (_streams._compiled_push, _leaves._compiled_chunk, _leaves._compiled_whole):
+    cached.cache_clear()
+  assert_same(checkpoints.analyze(files, window=(3, 5), groups=GROUPS), record, rtol=1e-5)
+
+
+def test_unknown_compiler_options_are_left_out():
+  assert _leaves.known(xla_no_such_option=True) is None
+  assert _leaves.known(**_leaves.QUICK) in (None, _leaves.QUICK)
+
+
+def test_rows_wait_for_the_compiler(files, record, monkeypatch):
+  """Reading goes on meanwhile, and nothing that was read is lost when it ends early."""
+  monkeypatch.setattr(_streams._Tracker, "ready", lambda _: False)
+  assert_same(checkpoints.analyze(files, window=(3, 5), groups=GROUPS), record)
 
 
 def test_noise_of_rows_of_very_many_steps():

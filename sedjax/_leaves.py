@@ -1,0 +1,193 @@
+"""The sketch of one real tensor after the other, in float64 and without compiling anew for each of them.
+
+In float64 neither the sums of a sketch nor the differences of two lose what parameters in float32 hold.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sedjax import _count
+from sedjax._count import WIDE, Hashes, Piece
+from sedjax._selection import Leaf, Selection, aligned
+from sedjax.sketch import Count, as_real
+
+_PLAIN = 2**18  # numbers of tensors that NumPy sketches, in less time than it takes to compile for them
+_CHUNK = 2**21  # numbers, about, that one call of a compiled function sums
+_BLOCK = 32  # rows that share a hash: chunks begin at a multiple of it
+# For XLA's CPU compiler, whose newer way to make loops takes twice as long, and gives none that are faster here.
+QUICK = {"xla_cpu_use_fusion_emitters": False}
+COMPILERS = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="sedjax-compiler")
+
+
+@functools.lru_cache(maxsize=8)
+def known(**options: Any) -> dict[str, Any] | None:
+  """Compiler options where programs are for a CPU and its compiler has these; None elsewhere."""
+  if jax.default_backend() != "cpu":
+    return None
+  try:
+    jax.jit(lambda: 0).lower().compile(options)
+  except jax.errors.JaxRuntimeError:
+    return None
+  return options
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled_whole(sketch: Any, axes: Any, shape: tuple[int, ...], dtype: np.dtype) -> concurrent.futures.Future[Any]:
+  """The function that sketches tensors of one shape by their hashes, being compiled by a thread."""
+
+  def row(leaf: jax.Array, hashes: Hashes) -> jax.Array:
+    leaf = as_real(leaf if axes is None else leaf.transpose(axes))
+    return sketch.rows([Piece("", leaf, hashes=hashes)], [0], 1, WIDE)[0]
+
+  def program() -> Any:
+    with jax.enable_x64(True):
+      turned = shape if axes is None else tuple(shape[axis] for axis in axes)
+      hashes = sketch.hashes("", (2, *turned) if dtype.kind == "c" else turned)
+      return jax.jit(row).lower(jax.ShapeDtypeStruct(shape, dtype), hashes).compile(known(**QUICK))
+
+  return COMPILERS.submit(program)
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled_chunk(rows: int, columns: int, dtype: np.dtype, per_bucket: int) -> concurrent.futures.Future[Any]:
+  """The function that sums the rows of each bucket over a part of a tensor, being compiled by a thread."""
+
+  def program() -> Any:
+    with jax.enable_x64(True):
+      function = functools.partial(_count.chunk_sums, per_bucket=per_bucket)
+      call = jax.jit(function, compiler_options=known(**QUICK))
+      # A call, since what `compile` returns takes ten times as long to be called as a jitted function.
+      x = aligned(rows * columns, dtype).reshape(rows, columns)
+      call(x, np.zeros(rows // _BLOCK, np.uint32), np.zeros(columns, np.uint32)).block_until_ready()
+      return call
+
+  return COMPILERS.submit(program)
+
+
+class _Way(NamedTuple):
+  """How the rows of a tensor are summed, that a count sketch sees as m rows by n columns."""
+
+  path: str
+  shape: tuple[int, int]
+  per_bucket: int
+  buckets: int
+  offset: int
+  chunk: int  # rows that one call of a compiled function sums; 0 where NumPy sums all
+
+
+class Part(NamedTuple):
+  """Some rows of a tensor, which are summed at once."""
+
+  start: int
+  rows: int
+  known: int  # of them belong to the part before, too
+
+
+def _chunk_rows(rows: list[int], columns: int) -> int:
+  """Rows of a chunk for tensors of so many rows: as many as the smallest has, or a part of it."""
+  smallest = min(rows) // _BLOCK
+  parts = -(-smallest * _BLOCK * columns // _CHUNK)
+  return max(1, -(-smallest // parts)) * _BLOCK
+
+
+class Sketcher:
+  """Sketches the tensors of a selection; what has to be compiled begins to be when it is made."""
+
+  def __init__(self, selection: Selection):
+    self._sketch = selection.config.sketch
+    self._ways: dict[str, _Way] = {}
+    alike: dict[Any, list[_Way]] = collections.defaultdict(list)
+    for leaf in selection.leaves:
+      plain = leaf.axes is None or leaf.info.size == max(leaf.shape)
+      if not isinstance(self._sketch, Count) or leaf.dtype.kind == "c" or not plain:
+        _compiled_whole(self._sketch, leaf.axes, leaf.info.shape, leaf.dtype)
+        continue
+      columns = leaf.shape[-1] if leaf.shape else 1
+      plan = self._sketch.plan(leaf.path, leaf.shape)
+      way = _Way(leaf.path, (plan.rows, columns), plan.per_bucket, plan.buckets, plan.offset, 0)
+      self._ways[leaf.path] = way
+      if leaf.info.size > _PLAIN and plan.rows >= _BLOCK:
+        alike[columns, leaf.dtype, plan.per_bucket].append(way)
+    for (columns, dtype, per_bucket), ways in alike.items():
+      chunk = _chunk_rows([way.shape[0] for way in ways], columns)
+      _compiled_chunk(chunk, columns, dtype, per_bucket)
+      self._ways |= {way.path: way._replace(chunk=chunk) for way in ways}
+
+  def parts(self, leaf: Leaf) -> list[Part]:
+    """The parts in which a tensor is sketched, in order; one of no rows where it has to be whole."""
+    way = self._ways.get(leaf.path)
+    if way is None:
+      return [Part(0, 0, 0)]
+    whole = way.shape[0] // _BLOCK * _BLOCK if way.chunk else 0
+    parts = []
+    for first in range(0, whole, way.chunk or 1):
+      start = min(first, whole - way.chunk)  # the last chunk begins with rows of the one before it
+      parts.append(Part(start, way.chunk, first - start))
+    return parts + ([Part(whole, way.shape[0] - whole, 0)] if whole < way.shape[0] else [])
+
+  def start(self, leaf: Leaf, part: Part, array: np.ndarray) -> Callable[[np.ndarray], None]:
+    """Begins to sketch a part of a tensor; what is returned adds its sketch to a row."""
+    way = self._ways.get(leaf.path)
+    if way is None:
+      shape = (2, *leaf.shape) if leaf.dtype.kind == "c" else leaf.shape
+      call = _compiled_whole(self._sketch, leaf.axes, leaf.info.shape, leaf.dtype).result()
+      with jax.enable_x64(True):
+        sketch = call(jax.device_put(array.reshape(leaf.info.shape)), _hashes(self._sketch, leaf.path, shape))
+      return lambda row: _add(np.asarray(sketch), row, self._sketch.offset(leaf.path))
+    columns = way.shape[1]
+    x = array.reshape(-1, columns)
+    sums: Any
+    if part.rows == way.chunk:
+      hashes = _hashes(self._sketch, way.path, way.shape)
+      call = _compiled_chunk(way.chunk, columns, x.dtype, way.per_bucket).result()
+      keys = hashes.rows[part.start // _BLOCK : (part.start + part.rows) // _BLOCK]
+      with jax.enable_x64(True):
+        sums = call(x, keys, hashes.columns)
+    else:
+      signs = (_signs if x.size <= _PLAIN else _signs.__wrapped__)(self._sketch, way.path, way.shape, part.start)
+      sums = np.multiply(signs, x if x.dtype.kind == "f" else x.astype(np.float64), dtype=np.float64)
+      if way.per_bucket > 1 and len(sums) > 1:
+        sums = np.add.reduceat(sums, np.arange(0, len(sums), way.per_bucket))
+
+    def finish(row: np.ndarray) -> None:
+      rest = np.asarray(sums)[part.known // way.per_bucket :]
+      bucket = (part.start + part.known) // way.per_bucket % way.buckets
+      while len(rest):
+        lap, rest = rest[: way.buckets - bucket], rest[way.buckets - bucket :]
+        _add(lap.reshape(-1), row, (way.offset + bucket * columns) % row.size)
+        bucket = 0
+
+    return finish
+
+
+def _add(sums: np.ndarray, row: np.ndarray, offset: int) -> None:
+  """Adds what lies in the sketch from `offset` on, and goes around its end."""
+  for at in range(0, sums.size, row.size):
+    lap = sums[at : at + row.size]
+    end = min(lap.size, row.size - offset)
+    row[offset : offset + end] += lap[:end]
+    if end < lap.size:
+      row[: lap.size - end] += lap[end:]
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept_hashes(sketch: Any, path: str, shape: tuple[int, ...]) -> Hashes:
+  return sketch.hashes(path, shape)
+
+
+def _hashes(sketch: Any, path: str, shape: tuple[int, ...]) -> Hashes:
+  """Those of a tensor; kept from checkpoint to checkpoint unless it is very wide."""
+  return (_kept_hashes if shape[-1:] <= (_PLAIN,) else _kept_hashes.__wrapped__)(sketch, path, shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _signs(sketch: Any, path: str, shape: tuple[int, ...], start: int) -> np.ndarray:
+  return _count.row_signs(sketch.hashes(path, shape), start, shape[0])
