@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,17 +46,17 @@ class Store:
       return None
     return saved
 
-  def save(self, arrays: Mapping[str, Any], report: bytes = b"", done: int = 0) -> None:
-    """Replaces the state in one stroke; `report` is number `done`, counted from 1, of the reports."""
+  def save(self, arrays: Mapping[str, Any], reports: Sequence[bytes] = (), first: int = 1) -> None:
+    """Replaces the state in one stroke; the reports, of one length, are numbers `first` … , counted from 1."""
     if self.folder is None:
-      self._reports += report
+      self._reports += b"".join(reports)
       return
     with writing(self.folder):
       self.folder.mkdir(parents=True, exist_ok=True)
-      if report:
+      if reports:
         with open(self.folder / "reports.bin", "ab") as file:
-          file.truncate((done - 1) * len(report))
-          file.write(report)
+          file.truncate((first - 1) * len(reports[0]))
+          file.write(b"".join(reports))
           _flush(file)
       packed = io.BytesIO()
       np.savez(packed, identity=np.frombuffer(self._identity.encode(), np.uint8), **arrays)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -10,11 +11,13 @@ import json
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import scipy.linalg  # noqa: F401 - which JAX would import in the middle of compiling an eigensolver for a CPU
 
 from sedjax import core
 from sedjax._leaves import COMPILERS, QUICK, Part, Sketcher, known
@@ -29,6 +32,7 @@ _ONE_THREAD = 2**18
 _CACHED = 2**13  # differences made at a time, that stay in a cache
 _EXACT_BYTES = 2**27  # differences held at a time in exact mode
 _OPEN_FILES = 64
+_SAVE_SECONDS = 0.5  # from one save of the state to the next, at least
 _WORKING = 2  # leaves that compiled functions may be at work on while the next one is handed to them
 _RING = 2**24  # bytes read ahead, which stay in a cache where tensors are read in parts
 _ALIGNED = 64  # bytes, for arrays that JAX on a CPU works on where they are
@@ -171,13 +175,13 @@ class _Progress:
 _QUICK = {**QUICK, "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def _first_state(config: core.Config, tree: Any) -> core.TrackerState:
-  return jax.jit(lambda: core.init(config, tree)).lower().compile(known(**_QUICK))()
+def _lowered_init(config: core.Config, tree: Any) -> Any:
+  return jax.jit(lambda: core.init(config, tree)).lower()
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled_push(config: core.Config, like: tuple[Any, ...]) -> tuple[Any, Report]:
-  """The function that takes in a row and reports, and a report of zeros.
+def _compiled_push(config: core.Config, like: tuple[Any, ...]) -> tuple[concurrent.futures.Future[Any], Report]:
+  """The function that takes in a row and reports, being compiled by a thread, and a report of zeros.
 
   Args:
     config: what to measure, with any groups.
@@ -191,9 +195,10 @@ def _compiled_push(config: core.Config, like: tuple[Any, ...]) -> tuple[Any, Rep
   structure, *leaves = like
   state = structure.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
   row = jax.ShapeDtypeStruct(state.rows.shape[1:], np.float32)
+  # Traced here: two threads that trace and sketch at once would wait for Python's lock most of the time.
   lowered = jax.jit(push, donate_argnums=0).lower(state, row, np.int32(0), np.bool_(False))
   blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), lowered.out_info[1])
-  return lowered.compile(known(**_QUICK)), blank
+  return COMPILERS.submit(lambda: lowered.compile(known(**_QUICK))), blank
 
 
 def _grouped(path: str) -> str:
@@ -202,39 +207,36 @@ def _grouped(path: str) -> str:
 
 
 class _Tracker:
-  """A tracker's state, and what takes it on, which a thread makes ready."""
+  """A tracker's state, and what takes it on, which are being compiled."""
 
   def __init__(self, selection: Selection):
-    self._made = COMPILERS.submit(self._make, selection.config, selection.tree)
-    self.state: Any = None
-
-  def _make(self, config: core.Config, tree: Any) -> tuple[Any, Report]:
-    self.state = _first_state(config, tree)
-    leaves, structure = jax.tree.flatten(self.state)
+    config = selection.config
+    first = _lowered_init(config, selection.tree)
+    self._first = COMPILERS.submit(lambda: first.compile(known(**_QUICK))())
+    leaves, self._structure = jax.tree.flatten(first.out_info)
     config = dataclasses.replace(config, groups=None if config.groups is None else _grouped)
-    return _compiled_push(config, (structure, *((leaf.shape, leaf.dtype) for leaf in leaves)))
+    like = (self._structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+    self._push, self.blank = _compiled_push(config, like)
+    self._state: Any = None
+
+  @property
+  def state(self) -> core.TrackerState:
+    return self._first.result() if self._state is None else self._state
 
   def ready(self) -> bool:
     """Whether nothing has to wait for the compiler."""
-    return self._made.done()
-
-  def blank(self) -> Report:
-    """A report of zeros."""
-    return self._made.result()[1]
+    return self._push.done() and self._first.done()
 
   def push(self, row: np.ndarray, steps: int, lossy: bool) -> Report:
-    call = self._made.result()[0]
-    self.state, report = call(self.state, row, np.int32(steps), np.bool_(lossy))
+    self._state, report = self._push.result()(self.state, row, np.int32(steps), np.bool_(lossy))
     return report
 
   def save(self) -> dict[str, np.ndarray]:
-    self._made.result()
     return {f"state{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))}
 
   def restore(self, saved: Mapping[str, np.ndarray]) -> None:
-    self._made.result()
-    leaves, structure = jax.tree.flatten(self.state)
-    self.state = structure.unflatten([jax.numpy.asarray(saved[f"state{i}"]) for i in range(len(leaves))])
+    leaves = [jax.numpy.asarray(saved[f"state{i}"]) for i in range(self._structure.num_leaves)]
+    self._state = self._structure.unflatten(leaves)
 
 
 class _Item(NamedTuple):
@@ -344,27 +346,38 @@ def sketch_series(
     else:
       print(f"{store.folder}: the checkpoints that were read have changed; beginning anew", file=sys.stderr)
   if done:
-    size = len(_to_bytes(tracker.blank()))
+    size = len(_to_bytes(tracker.blank))
     stored = store.reports((done - 1) * size)
     for i in range(1, done):
-      yield i, _from_bytes(stored[(i - 1) * size : i * size], tracker.blank())
+      yield i, _from_bytes(stored[(i - 1) * size : i * size], tracker.blank)
   signatures = [signature_of(entry) for entry in series[:done]]
   waiting: collections.deque[_Sketched] = collections.deque()
 
+  saved_at = time.monotonic()
+
   def reported() -> Iterator[tuple[int, Report]]:
+    """Takes in the rows that wait, and saves the state once."""
+    nonlocal saved_at
+    found: list[tuple[int, bytes]] = []
+    newest = waiting[-1] if waiting else None
     while waiting:
       one = waiting.popleft()
-      report = b"" if one.change is None else _to_bytes(tracker.push(one.change, one.steps, one.lossy))
       signatures.append(signature_of(series[one.i]))
+      if one.change is not None:
+        found.append((one.i, _to_bytes(tracker.push(one.change, one.steps, one.lossy))))
+    if newest is not None:
       read = np.frombuffer(json.dumps(signatures).encode(), np.uint8)
-      store.save({**tracker.save(), "base": one.base, "base_step": one.base_step, "read": read}, report, one.i)
-      if report:
-        yield one.i, _from_bytes(report, tracker.blank())
+      arrays = {**tracker.save(), "base": newest.base, "base_step": newest.base_step, "read": read}
+      store.save(arrays, [report for _, report in found], found[0][0] if found else 1)
+      saved_at = time.monotonic()
+    for i, report in found:
+      yield i, _from_bytes(report, tracker.blank)
 
   try:
     for one in _sketches(series, selection, sketcher, done, base, base_step, progress):
       waiting.append(one)
-      if tracker.ready():  # until then the next checkpoints are read
+      # Until the compiler is done the next checkpoints are read; small ones are taken in several at a time.
+      if tracker.ready() and time.monotonic() - saved_at >= _SAVE_SECONDS:
         yield from reported()
   except (CheckpointError, KeyboardInterrupt):
     yield from reported()
@@ -512,7 +525,7 @@ def _reports_of_gram(
   if config.groups is not None:
     gram, fourth = (np.concatenate([x.sum(0, keepdims=True), x]) for x in (gram, fourth))
   empty = {path: jax.ShapeDtypeStruct((0,), np.float32) for path in selection.tree}
-  state = _first_state(selection.config, empty)
+  state = _lowered_init(selection.config, empty).compile(known(**_QUICK))()
   # What is compiled does not depend on which groups there are.
   config = dataclasses.replace(config, groups=None if config.groups is None else _grouped)
   rows: list[int] = []  # those that are not zero, newest first

@@ -80,7 +80,7 @@ def analyze(
     transpose: a regular expression; tensors whose (renamed) path it is found in have their axes (out, in, …) turned to
       (…, in, out), as flax has the kernels that PyTorch stores as weights.
     out: file for the record (NetCDF). The unfinished analysis lies beside it in the folder `<out>.part`, so that the
-      same call goes on where another one ended, after each checkpoint (exact: after each tensor).
+      same call goes on where another one ended, or half a second before (exact: after each tensor).
     progress: whether to show a bar, on a terminal.
 
   Returns:
@@ -93,8 +93,9 @@ def analyze(
     ValueError: an argument is out of its range.
 
   Cost: one read of the files; the memory of some tens of MiB where safetensors are read, and of two of the largest
-    tensor elsewhere, the state of a tracker, and a few sketches of the parameters in float64. Exact: 128 MiB beside the state; files are read in pieces, orbax arrays and compressed
-    ones as often as they have pieces. To find tied tensors some numbers of each matrix are read twice.
+    tensor elsewhere, the state of a tracker, and a few sketches of the parameters in float64. Exact: 128 MiB beside
+    the state; files are read in pieces, orbax arrays and compressed ones as often as they have pieces. To find tied
+    tensors some numbers of each matrix are read twice.
   Source: arXiv 2603.15678, whose rows are differences of checkpoints. Departures: those of `track_spectral_edge`.
 
   Example:

@@ -304,6 +304,8 @@ def test_torch_layout_is_mapped_to_flax(tmp_path):
 @pytest.mark.parametrize("exact", [False, True])
 def test_goes_on_after_an_interruption_at_every_save(tmp_path, files, exact, monkeypatch, capsys):
   options = {"window": 3, "sketch": sedjax.sketch.exact() if exact else None, "groups": GROUPS}
+  monkeypatch.setattr(_streams, "_SAVE_SECONDS", 0)
+  monkeypatch.setattr(_streams._Tracker, "ready", lambda _: True)
   whole = checkpoints.analyze(files, **options)
   save, saves = _store.Store.save, []
 
@@ -323,6 +325,21 @@ def test_goes_on_after_an_interruption_at_every_save(tmp_path, files, exact, mon
   monkeypatch.setattr(_store.Store, "save", save)
   assert_same(checkpoints.analyze(files, out=out, **options), whole)
   assert sorted(path.name for path in tmp_path.iterdir()) == ["run.nc"]
+
+
+def test_small_checkpoints_are_saved_several_at_a_time(tmp_path, files, monkeypatch):
+  """And a checkpoint that cannot be read keeps all before it."""
+  saves, save = [], _store.Store.save
+  monkeypatch.setattr(_store.Store, "save", lambda self, *args: (saves.append(args), save(self, *args)))
+  folder = tmp_path / "series"
+  shutil.copytree(os.path.dirname(files), folder)
+  (folder / f"step_{5 * EVERY}.npz").write_bytes(b"nothing")
+  with pytest.raises(checkpoints.CheckpointError, match="rows up to step 20 are kept"):
+    checkpoints.analyze(str(folder / "step_*.npz"), window=3, out=tmp_path / "run.nc")
+  assert 1 <= len(saves) <= 2
+  shutil.copy(f"{os.path.dirname(files)}/step_{5 * EVERY}.npz", folder)
+  found = checkpoints.analyze(str(folder / "step_*.npz"), window=3, out=tmp_path / "run.nc")
+  assert_same(found, checkpoints.analyze(files, window=3))
 
 
 def test_another_analysis_begins_anew(tmp_path, files, monkeypatch, capsys):
@@ -461,6 +478,8 @@ def test_pickles_are_not_executed(tmp_path, series):
 
 
 def test_a_full_disk_keeps_what_was_saved(tmp_path, files, monkeypatch):
+  monkeypatch.setattr(_streams, "_SAVE_SECONDS", 0)
+  monkeypatch.setattr(_streams._Tracker, "ready", lambda _: True)
   replace, count = _store._replace, []
 
   def full(path, content):
