@@ -5,7 +5,7 @@
 It makes a series of checkpoints of GPT-2's 124 M float32 parameters by a random walk with a drift, as many as leave an
 eighth of the disk free, analyses them, and deletes them. Each way runs in a process of its own:
 
-- read: every tensor is read, as the analysis reads it, and summed; nothing else. Twice, before and after the others.
+- read: every tensor is read into the same buffer and summed; nothing else. Twice, before and after the others.
 - sketch: `sedjax.checkpoints.analyze` with the default sketch; exact: the same with `sketch.exact()`.
 - load all: the peers' way, all differences in memory as float32 and their N × N inner products; of as many checkpoints
   as fit into a third of the memory that is free.
