@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from sedjax import core
+from sedjax._dataset import WHOLE
 from sedjax._layout import layout_of
 from sedjax._readers import Reader, ReadError, TensorInfo, open_checkpoint
 from sedjax._series import CheckpointError, Entry, about, error_at
-from sedjax.record import WHOLE
 
 Groups = Mapping[str, str | None] | Callable[[str], Hashable | None]
 

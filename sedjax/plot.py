@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sedjax._dataset import FIELDS, WHOLE
 from sedjax._spectrum import LOW_DIM
 from sedjax._types import Phase
-from sedjax.record import FIELDS, WHOLE
 
 if TYPE_CHECKING:
   import xarray as xr

@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
-import enum
 import functools
 import importlib.metadata
 import json
@@ -31,136 +30,32 @@ import numpy as np
 from jax.core import Tracer
 
 from sedjax import _journal, core
+from sedjax._dataset import DIMS, DTYPES, FIELDS, VERSION, WHOLE, arrange, empty_dataset, to_dataset
+from sedjax._record_files import cannot, check_version, existing_layout, journal_of, layout_of, open_file, rows_of
 from sedjax._transform import find_tracker
-from sedjax._types import VECTOR_FIELDS, Phase, Report, Status
+from sedjax._types import Report
 
 if TYPE_CHECKING:
   import xarray as xr
 
-  from sedjax import _netcdf
+__all__ = ["DIMS", "FIELDS", "WHOLE", "Recorder", "open_record", "to_dataset"]
 
-VERSION = 1
 QUEUED = 256  # reports that may wait for the writer thread; then `append` waits for it
-DIMS = ("step", "seed", "window", "group")
-WHOLE = "all"
-LENGTH = "parameter units"
-# By field of a report: what axes call it, and its unit ("1" where it has none).
-FIELDS = {
-  "singular_values": ("singular value σ_k", LENGTH),
-  "ratios": ("ratio σ_k / σ_(k+1)", "1"),
-  "k_star": ("spectral edge k*", "1"),
-  "gap_ratio": ("gap ratio at k*", "1"),
-  "null_ratio": ("ratio that noise seldom exceeds at k*", "1"),
-  "edge_ambiguous": ("edge within the sketch's error of another", "1"),
-  "pc1_fraction": ("share of σ_1² in the sum of squares", "1"),
-  "k95": ("directions that hold 95 % of the sum of squares", "1"),
-  "drift_speed": ("norm of the mean row", LENGTH),
-  "alignment": ("|cos| of newest row and leading direction", "1"),
-  "turning": ("turn of the leading direction, 1 - |cos|", "1"),
-  "last_update_norm": ("norm of the newest row", LENGTH),
-  "effective_dim": ("effective dimension of the sketch", "1"),
-  "phase": ("phase", "1"),
-  "count": ("rows pushed", "1"),
-  "row_steps": ("optimizer steps in the newest row", "1"),
-  "skipped_nonfinite": ("steps left out as not finite", "1"),
-  "skipped_zero": ("steps of zero update left out", "1"),
-  "status": ("status bits", "1"),
-}
-
-
-def to_dataset(
-  reports: Report,
-  *,
-  steps: Sequence[int] | np.ndarray,
-  windows: Sequence[int],
-  groups: Sequence[str] = (WHOLE,),
-  seeds: Sequence[int] = (0,),
-  attrs: Mapping[str, Any] | None = None,
-) -> xr.Dataset:
-  """Labels reports.
-
-  Args:
-    reports: what `get_reports` returned, stacked along a leading axis of steps: fields [step, seed, group, window], or
-      [step, group, window] for one seed; vectors have one more axis.
-    steps: the optimizer steps that the leading axis stands for, ascending.
-    windows: the tracker's windows, ascending.
-    groups: names of the group axis; the first is the whole model.
-    seeds: names of the seed axis.
-    attrs: provenance, kept as the record's attributes.
-
-  Returns:
-    A `Dataset` over step, seed, window, group and index.
-
-  Raises:
-    ValueError: an axis does not have as many entries as names were given for it, or steps do not ascend.
-
-  Example:
-    >>> import jax, jax.numpy as jnp, sedjax, sedjax.record
-    >>> tx = sedjax.track_spectral_edge(window=(3, 5))
-    >>> reports = sedjax.get_reports(tx.init({"w": jnp.ones(3)}))
-    >>> record = sedjax.record.to_dataset(jax.tree.map(lambda x: x[None], reports), steps=[0], windows=(3, 5))
-    >>> dict(record.singular_values.sizes)
-    {'step': 1, 'seed': 1, 'window': 2, 'group': 1, 'index': 5}
-  """
-  import xarray as xr
-
-  at = np.asarray(steps, np.int64)
-  if at.ndim != 1 or np.any(np.diff(at) <= 0):
-    raise ValueError(f"sedjax.record: steps must be one-dimensional and ascend, got {steps}.")
-  sizes = {"step": len(at), "seed": len(seeds), "window": len(windows), "group": len(groups)}
-  index = np.arange(1, max(windows) + 1)
-  variables = {}
-  for name, values in arrange(reports, sizes, windows).items():
-    dims = (*DIMS, "index") if name in VECTOR_FIELDS else DIMS
-    variables[name] = (dims, values, attributes(name))
-  coords = {
-    "step": ("step", at, {"long_name": "optimizer step", "units": "steps"}),
-    "seed": ("seed", np.asarray(seeds)),
-    "window": ("window", np.asarray(windows, np.int64), {"long_name": "window", "units": "rows"}),
-    "group": ("group", np.asarray(groups, object)),
-    "index": ("index", index, {"long_name": "place k in the spectrum", "units": "1"}),
-  }
-  return xr.Dataset(variables, coords, {"record_version": VERSION, **(attrs or {})})
-
-
-def arrange(reports: Report, sizes: Mapping[str, int], windows: Sequence[int]) -> dict[str, np.ndarray]:
-  """Fields as a record has them, [step, seed, window, group] or also [index], from those that `to_dataset` takes."""
-  index = np.arange(1, max(windows) + 1)
-  last = {"singular_values": np.asarray(windows), "ratios": np.asarray(windows) - 1}
-  arranged = {}
-  for name, field in zip(Report._fields, reports, strict=True):
-    values = np.asarray(field)
-    vector = name in VECTOR_FIELDS
-    if values.ndim == 3 + vector:
-      values = values[:, None]
-    expected = (sizes["step"], sizes["seed"], sizes["group"], sizes["window"])
-    if values.shape[:4] != expected or values.ndim != 4 + vector:
-      raise ValueError(
-        f"sedjax.record: {name} has shape {np.shape(field)}, expected [step, seed, group, window] = {list(expected)} "
-        "from the steps, seeds, groups and windows given; pass get_reports(state), stacked along a leading axis."
-      )
-    values = np.swapaxes(values, 2, 3)
-    if vector:
-      values = np.pad(values, [(0, 0)] * 4 + [(0, len(index) - values.shape[4])])
-      values = np.where((index <= last[name][:, None])[:, None, :], values, np.float32(np.nan))
-    arranged[name] = values
-  return arranged
-
-
-def attributes(name: str) -> dict[str, Any]:
-  """Of a field's variable: its long name, unit, and the meaning of its values where they are a code."""
-  long_name, units = FIELDS[name]
-  found: dict[str, Any] = {"long_name": long_name, "units": units}
-  if name == "phase":
-    return found | _flags("flag_values", Phase)
-  if name == "status":
-    return found | _flags("flag_masks", Status)
-  return found
-
-
-def _flags(kind: str, members: type[enum.IntEnum] | type[enum.IntFlag]) -> dict[str, Any]:
-  names = {member.value: name.lower() for name, member in members.__members__.items()}
-  return {kind: list(names), "flag_meanings": " ".join(names.values())}
+# What sinks are told.
+SCALARS = (
+  "gap_ratio",
+  "null_ratio",
+  "k_star",
+  "edge_ambiguous",
+  "phase",
+  "pc1_fraction",
+  "k95",
+  "drift_speed",
+  "alignment",
+  "turning",
+  "last_update_norm",
+  "effective_dim",
+)
 
 
 class Recorder:
@@ -231,11 +126,11 @@ class Recorder:
     self._given = None if windows is None else (list(map(int, windows)), list(groups or [WHOLE]))
     self._attrs, self._sinks = dict(attrs or {}), tuple(sinks)
     try:
-      self._journal = _journal.Journal(_journal_of(self.path))
+      self._journal = _journal.Journal(journal_of(self.path))
     except (OSError, ValueError) as error:
-      raise _cannot("write", self.path, error) from error
+      raise cannot("write", self.path, error) from error
     try:
-      self._layout = _existing_layout(self.path, self._journal.found)  # None until there is one
+      self._layout = existing_layout(self.path, self._journal.found)  # None until there is one
     except BaseException:
       self._journal.close()
       raise
@@ -418,7 +313,7 @@ class Recorder:
     assert layout is not None
     sizes = {"step": 1, **{name: len(layout[f"{name}s"]) for name in ("seed", "window", "group")}}
     arranged = arrange(Report._make(np.asarray(field)[None] for field in host), sizes, layout["windows"])
-    values = b"".join(np.asarray(v, _DTYPES.get(name, "<f4")).tobytes() for name, v in arranged.items())
+    values = b"".join(np.asarray(v, DTYPES.get(name, "<f4")).tobytes() for name, v in arranged.items())
     self._journal.write(_journal.frame(_journal.ROW, _journal.row_payload(step, values)))
     if self._sinks:
       self._tell(step, {tag: x for name in SCALARS for tag, x in _tagged(f"sedjax/{name}", arranged[name][0], layout)})
@@ -489,8 +384,8 @@ class Recorder:
         if contents is not None:
           from sedjax import _netcdf
 
-          empty = _empty(contents.layout)
-          _netcdf.write(self.path, empty, contents, _rows(file, contents, empty))
+          empty = empty_dataset(contents.layout)
+          _netcdf.write(self.path, empty, contents, rows_of(file, contents, empty))
       path.unlink()
     except Exception as error:
       raise RuntimeError(
@@ -528,29 +423,29 @@ def open_record(path: str | Path) -> xr.Dataset:
   path = Path(path)
   # The journal first: a writer that finishes in between leaves a file that has the journal's rows already, and joining
   # them again changes nothing.
-  journal = _journal_of(path)
+  journal = journal_of(path)
   try:
     file = open(journal, "rb")
   except FileNotFoundError:
     file = None
   except OSError as error:
-    raise _cannot("read", journal, error) from error
+    raise cannot("read", journal, error) from error
   try:
     contents = _journal.read(file) if file else None
   except (ValueError, KeyError, TypeError) as error:
-    raise _cannot("read", journal, error) from error
+    raise cannot("read", journal, error) from error
   if contents is not None:
-    _check_version(journal, contents.layout["version"])
+    check_version(journal, contents.layout["version"])
   _journal.warn_of_damage(journal, contents)
-  stored = _open_file(path) if path.exists() else None
+  stored = open_file(path) if path.exists() else None
   if contents is None and stored is None:
     missing = f"there is no record {path}" if file is None else f"the record {path} has no rows yet"
     raise FileNotFoundError(f"sedjax.record: {missing}.")
   from sedjax import _netcdf
 
   contents = contents or _journal.NOTHING
-  empty = _empty({**_layout_of(stored), "attrs": {}} if stored else contents.layout)
-  joined = _netcdf.joined(stored, empty, contents, _rows(file, contents, empty))
+  empty = empty_dataset({**layout_of(stored), "attrs": {}} if stored else contents.layout)
+  joined = _netcdf.joined(stored, empty, contents, rows_of(file, contents, empty))
 
   def close() -> None:
     for each in (file, stored.file if stored else None):
@@ -561,39 +456,12 @@ def open_record(path: str | Path) -> xr.Dataset:
   return joined
 
 
-_DTYPES = {name: "<i4" for name in core.INTEGERS} | {"edge_ambiguous": "?"}
-# What sinks are told.
-SCALARS = (
-  "gap_ratio",
-  "null_ratio",
-  "k_star",
-  "edge_ambiguous",
-  "phase",
-  "pc1_fraction",
-  "k95",
-  "drift_speed",
-  "alignment",
-  "turning",
-  "last_update_norm",
-  "effective_dim",
-)
-
-
 def _needs_io() -> None:
   try:
     import h5netcdf  # noqa: F401
     import xarray  # noqa: F401
   except ImportError as error:
     raise ImportError("sedjax.record needs xarray and h5netcdf: pip install 'sedjax[io]'.") from error
-
-
-def _journal_of(path: Path) -> Path:
-  return path.with_name(path.name + ".journal")
-
-
-def _cannot(do: str, path: Path, error: BaseException) -> ValueError:
-  why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-  return ValueError(f"sedjax.record: cannot {do} {path}: {why}.")
 
 
 def _step_of(step: Any) -> int:
@@ -603,75 +471,6 @@ def _step_of(step: Any) -> int:
   if not 0 <= step < 2**63:
     raise ValueError(f"sedjax.record: step must be an int in 0…2**63 - 1, got {step}.")
   return step
-
-
-def _check_version(path: Path, version: int) -> None:
-  if version > VERSION:
-    raise ValueError(
-      f"sedjax.record: {path} is a record of version {version}, this library reads up to {VERSION}; update sedjax."
-    )
-
-
-def _open_file(path: Path) -> _netcdf.Stored:
-  from sedjax import _netcdf
-
-  try:
-    stored = _netcdf.open_stored(path, FIELDS)
-  except Exception as error:  # h5py raises errors of many kinds
-    raise _cannot("read", path, error) from error
-  attrs = stored.others.attrs
-  try:
-    _check_version(path, int(attrs.get("record_version", 0)))
-    if "record_version" not in attrs or not {*DIMS, "index"} <= set(stored.others.coords):
-      raise ValueError(
-        f"sedjax.record: {path} is not a record; those are written by sedjax.record.Recorder and by sedjax analyze."
-      )
-    if missing := [name for name in FIELDS if name not in stored.file]:
-      raise ValueError(f"sedjax.record: {path} is not a whole record, it lacks {', '.join(missing)}.")
-  except BaseException:
-    stored.file.close()
-    raise
-  return stored
-
-
-def _layout_of(stored: _netcdf.Stored) -> dict[str, Any]:
-  found = stored.others
-  names = {f"{name}s": found[name].values.tolist() for name in ("window", "group", "seed")}
-  sketch_id = np.asarray(found.attrs["sketch_id"]).tolist() if "sketch_id" in found.attrs else None
-  return {"format": _journal.FORMAT, "version": VERSION, **names, "sketch_id": sketch_id}
-
-
-def _existing_layout(path: Path, contents: _journal.Contents | None) -> dict[str, Any] | None:
-  if contents is not None:
-    _check_version(path, contents.layout["version"])
-    return dict(contents.layout)
-  if not path.exists():
-    return None
-  stored = _open_file(path)
-  stored.file.close()
-  return _layout_of(stored)
-
-
-def _empty(layout: Mapping[str, Any]) -> xr.Dataset:
-  """A record of no steps."""
-  names = layout["windows"], layout["groups"], layout["seeds"]
-  windows, groups, seeds = map(len, names)
-  longest = max(layout["windows"])
-  vectors = {"singular_values": longest, "ratios": longest - 1}
-  fields = {}
-  for name in Report._fields:
-    shape = (0, seeds, groups, windows, *([vectors[name]] if name in vectors else []))
-    fields[name] = np.zeros(shape, _DTYPES.get(name, "<f4"))
-  return to_dataset(
-    Report(**fields), steps=[], windows=names[0], groups=names[1], seeds=names[2], attrs=layout["attrs"]
-  )
-
-
-def _rows(file: Any, contents: _journal.Contents, empty: xr.Dataset) -> Any:
-  from sedjax import _netcdf
-
-  fields = {name: (np.dtype(_DTYPES.get(name, "<f4")), empty[name].shape[1:]) for name in Report._fields}
-  return _netcdf.Rows(file, contents, fields)
 
 
 def _provenance(report: Report, config: core.Config | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ MODULES = (
   "sedjax.__main__",
   "sedjax._transform",
   "sedjax._migrate",
+  "sedjax._dataset",
   "sedjax._types",
 )
 

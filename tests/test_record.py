@@ -501,7 +501,8 @@ def test_a_cut_file_is_refused(tmp_path):
 @pytest.mark.parametrize("finished", [True, False])
 def test_newer_version(tmp_path, monkeypatch, finished):
   path = tmp_path / "run.nc"
-  monkeypatch.setattr(sedjax.record, "VERSION", 2)
+  for module in ("_dataset", "record"):
+    monkeypatch.setattr(f"sedjax.{module}.VERSION", 2)
   (record_numbers if finished else leave_journal)(path, range(3))
   monkeypatch.undo()
   for use in (open_record, recorder_of):
