@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 
 from sedjax import _count
+from sedjax._compile import COMPILERS, ROW_OPTIONS, known
 from sedjax._count import WIDE, Hashes, Piece
 from sedjax._selection import Leaf, Selection, aligned
 from sedjax.sketch import Count, as_real
@@ -22,21 +24,7 @@ from sedjax.sketch import Count, as_real
 _PLAIN = 2**18  # numbers of tensors that NumPy sketches, in less time than it takes to compile for them
 _CHUNK = 2**21  # numbers, about, that one call of a compiled function sums
 _BLOCK = 32  # rows that share a hash: chunks begin at a multiple of it
-# For XLA's CPU compiler, whose newer way to make loops takes twice as long, and gives none that are faster here.
-QUICK = {"xla_cpu_use_fusion_emitters": False}
-COMPILERS = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="sedjax-compiler")
-
-
-@functools.lru_cache(maxsize=8)
-def known(**options: Any) -> dict[str, Any] | None:
-  """Compiler options where programs are for a CPU and its compiler has these; None elsewhere."""
-  if jax.default_backend() != "cpu":
-    return None
-  try:
-    jax.jit(lambda: 0).lower().compile(options)
-  except jax.errors.JaxRuntimeError:
-    return None
-  return options
+_KEPT = 2**16  # numbers of a tensor's hashes or signs that are kept from checkpoint to checkpoint
 
 
 @functools.lru_cache(maxsize=512)
@@ -51,7 +39,7 @@ def _compiled_whole(sketch: Any, axes: Any, shape: tuple[int, ...], dtype: np.dt
     with jax.enable_x64(True):
       turned = shape if axes is None else tuple(shape[axis] for axis in axes)
       hashes = sketch.hashes("", (2, *turned) if dtype.kind == "c" else turned)
-      return jax.jit(row).lower(jax.ShapeDtypeStruct(shape, dtype), hashes).compile(known(**QUICK))
+      return jax.jit(row).lower(jax.ShapeDtypeStruct(shape, dtype), hashes).compile(known(**ROW_OPTIONS))
 
   return COMPILERS.submit(program)
 
@@ -63,7 +51,7 @@ def _compiled_chunk(rows: int, columns: int, dtype: np.dtype, per_bucket: int) -
   def program() -> Any:
     with jax.enable_x64(True):
       function = functools.partial(_count.chunk_sums, per_bucket=per_bucket)
-      call = jax.jit(function, compiler_options=known(**QUICK))
+      call = jax.jit(function, compiler_options=known(**ROW_OPTIONS))
       # A call, since what `compile` returns takes ten times as long to be called as a jitted function.
       x = aligned(rows * columns, dtype).reshape(rows, columns)
       call(x, np.zeros(rows // _BLOCK, np.uint32), np.zeros(columns, np.uint32)).block_until_ready()
@@ -95,7 +83,7 @@ def _chunk_rows(rows: list[int], columns: int) -> int:
   """Rows of a chunk for tensors of so many rows: as many as the smallest has, or a part of it."""
   smallest = min(rows) // _BLOCK
   parts = -(-smallest * _BLOCK * columns // _CHUNK)
-  return max(1, -(-smallest // parts)) * _BLOCK
+  return -(-smallest // parts) * _BLOCK
 
 
 class Sketcher:
@@ -152,7 +140,7 @@ class Sketcher:
       with jax.enable_x64(True):
         sums = call(x, keys, hashes.columns)
     else:
-      signs = (_signs if x.size <= _PLAIN else _signs.__wrapped__)(self._sketch, way.path, way.shape, part.start)
+      signs = (_signs if x.size <= _KEPT else _signs.__wrapped__)(self._sketch, way.path, way.shape, part.start)
       sums = np.multiply(signs, x if x.dtype.kind == "f" else x.astype(np.float64), dtype=np.float64)
       if way.per_bucket > 1 and len(sums) > 1:
         sums = np.add.reduceat(sums, np.arange(0, len(sums), way.per_bucket))
@@ -178,16 +166,16 @@ def _add(sums: np.ndarray, row: np.ndarray, offset: int) -> None:
       row[: lap.size - end] += lap[end:]
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def _kept_hashes(sketch: Any, path: str, shape: tuple[int, ...]) -> Hashes:
   return sketch.hashes(path, shape)
 
 
 def _hashes(sketch: Any, path: str, shape: tuple[int, ...]) -> Hashes:
-  """Those of a tensor; kept from checkpoint to checkpoint unless it is very wide."""
-  return (_kept_hashes if shape[-1:] <= (_PLAIN,) else _kept_hashes.__wrapped__)(sketch, path, shape)
+  few = sum(shape[-1:]) + math.prod(shape[:-1]) // _BLOCK <= _KEPT
+  return (_kept_hashes if few else _kept_hashes.__wrapped__)(sketch, path, shape)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def _signs(sketch: Any, path: str, shape: tuple[int, ...], start: int) -> np.ndarray:
   return _count.row_signs(sketch.hashes(path, shape), start, shape[0])

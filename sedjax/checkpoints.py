@@ -32,11 +32,12 @@ import jax
 import numpy as np
 
 from sedjax import core
+from sedjax._exact import exact_series
 from sedjax._selection import Groups, Selection, group_function, left_out_lines, say_what_is_read, select, taken_lines
 from sedjax._series import CheckpointError as CheckpointError
 from sedjax._series import Entry, Path, find_series
 from sedjax._store import Store, identity_of, write_record
-from sedjax._streams import exact_series, sketch_series
+from sedjax._streams import sketch_series
 from sedjax._types import Report
 from sedjax.record import to_dataset
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import strategies
 
 import sedjax
-from sedjax import _analyze_cli, _count, _leaves, _readers, _selection, _store, _streams, checkpoints
+from sedjax import _ahead, _analyze_cli, _compile, _count, _leaves, _readers, _selection, _store, _streams, checkpoints
 from sedjax._null import row_covariance
 from sedjax.record import to_dataset
 
@@ -126,7 +126,7 @@ def test_all_formats_give_one_record(kind, tmp_path, series, record):
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch", "orbax"])
 def test_exact_reads_every_format(kind, tmp_path, series, files, monkeypatch):
-  monkeypatch.setattr("sedjax._streams._EXACT_BYTES", 2**17)  # several chunks a tensor
+  monkeypatch.setattr("sedjax._exact._EXACT_BYTES", 2**17)  # several chunks a tensor
   exact = sedjax.sketch.exact()
   found = checkpoints.analyze(write(tmp_path / "a", series, *FORMATS[kind]), window=5, sketch=exact)
   assert_same(found, checkpoints.analyze(files, window=5, sketch=exact), rtol=1e-6)
@@ -171,7 +171,7 @@ def differences(series, names=tuple(SHAPES)):
 
 
 def test_exact_mode_is_that_of_float64(files, series, monkeypatch):
-  monkeypatch.setattr("sedjax._streams._QUICK", {})
+  monkeypatch.setattr("sedjax._exact.REPORT_OPTIONS", {})
   found = checkpoints.analyze(files, window=(3, 5), groups=GROUPS, sketch=sedjax.sketch.exact())
   for group, names in {"all": tuple(SHAPES), "embedding": ("emb",)}.items():
     rows = differences(series, names)
@@ -631,7 +631,7 @@ def test_sketches_of_parts_are_those_of_the_whole(shape, dtype, plain, monkeypat
 def test_parts_that_are_read_make_the_same_record(tmp_path, series, record, monkeypatch):
   monkeypatch.setattr(_leaves, "_PLAIN", 300)
   monkeypatch.setattr(_leaves, "_CHUNK", 1500)
-  monkeypatch.setattr(_streams, "_RING", 2**10)  # which has to grow, and is full most of the time
+  monkeypatch.setattr(_ahead, "_RING", 2**10)  # which has to grow, and is full most of the time
   for kind in ("safetensors", "sharded", "fortran"):
     found = checkpoints.analyze(write(tmp_path / kind, series, *FORMATS[kind]), window=(3, 5), groups=GROUPS)
     assert_same(found, record, rtol=1e-6)
@@ -647,8 +647,8 @@ def test_without_quick_compilation(files, record, monkeypatch):
 
 
 def test_unknown_compiler_options_are_left_out():
-  assert _leaves.known(xla_no_such_option=True) is None
-  assert _leaves.known(**_leaves.QUICK) in (None, _leaves.QUICK)
+  assert _compile.known(xla_no_such_option=True) is None
+  assert _compile.known(**_compile.ROW_OPTIONS) in (None, _compile.ROW_OPTIONS)
 
 
 def test_rows_wait_for_the_compiler(files, record, monkeypatch):
