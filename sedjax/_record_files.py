@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 
 
 def journal_of(path: Path) -> Path:
+  """Where what is not in the NetCDF file yet lies."""
   return path.with_name(path.name + ".journal")
 
 
 def cannot(do: str, path: Path, error: BaseException) -> ValueError:
+  """What is raised where a file cannot be read or written, with the reason in one sentence."""
   why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
   return ValueError(f"sedjax.record: cannot {do} {path}: {why}.")
 
 
 def check_version(path: Path, version: int) -> None:
+  """Refuses a record that a newer library wrote."""
   if version > VERSION:
     raise ValueError(
       f"sedjax.record: {path} is a record of version {version}, this library reads up to {VERSION}; update sedjax."
@@ -34,6 +37,7 @@ def check_version(path: Path, version: int) -> None:
 
 
 def open_file(path: Path) -> _netcdf.Stored:
+  """Opens the NetCDF file; one that is damaged, no record or newer raises a ValueError."""
   from sedjax import _netcdf
 
   try:
@@ -56,6 +60,7 @@ def open_file(path: Path) -> _netcdf.Stored:
 
 
 def layout_of(stored: _netcdf.Stored) -> dict[str, Any]:
+  """What a journal that continues the file begins with, but for the attributes."""
   found = stored.others
   names = {f"{name}s": found[name].values.tolist() for name in ("window", "group", "seed")}
   sketch_id = np.asarray(found.attrs["sketch_id"]).tolist() if "sketch_id" in found.attrs else None
@@ -63,6 +68,7 @@ def layout_of(stored: _netcdf.Stored) -> dict[str, Any]:
 
 
 def existing_layout(path: Path, contents: _journal.Contents | None) -> dict[str, Any] | None:
+  """That of a record which is to be continued, from its journal or its file; None where there is none."""
   if contents is not None:
     check_version(path, contents.layout["version"])
     return dict(contents.layout)
@@ -74,6 +80,7 @@ def existing_layout(path: Path, contents: _journal.Contents | None) -> dict[str,
 
 
 def rows_of(file: Any, contents: _journal.Contents, empty: xr.Dataset) -> Any:
+  """The rows of the open journal `file`, shaped as those of a record of no steps."""
   from sedjax import _netcdf
 
   fields = {name: (np.dtype(DTYPES.get(name, "<f4")), empty[name].shape[1:]) for name in Report._fields}
