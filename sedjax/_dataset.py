@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import enum
+import importlib.metadata
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +125,25 @@ def arrange(reports: Report, sizes: Mapping[str, int], windows: Sequence[int]) -
       values = np.where((index <= last[name][:, None])[:, None, :], values, np.float32(np.nan))
     arranged[name] = values
   return arranged
+
+
+def provenance(config: core.Config | None, device: Any) -> dict[str, Any]:
+  """Where a record comes from, as its attributes say: this program, and as far as they are known tracker and device."""
+  found: dict[str, Any] = {
+    "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "command": shlex.join(sys.argv),
+  }
+  for name in ("sedjax", "jax", "jaxlib", "numpy", "optax"):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[f"{name}_version"] = importlib.metadata.version(name)
+  if device is not None:
+    found["device"] = f"{device.platform} ({device.device_kind})"
+  if config is not None:
+    sketch = config.sketch
+    found |= {name: getattr(config, name) for name in ("every", "source", "momentum", "k_max")}
+    found["windows"] = list(config.windows)
+    found["sketch"] = f"{type(sketch).__name__.lower()}, dim {sketch.dim}, seed {sketch.seed}"
+  return found
 
 
 def attributes(name: str) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """The journal of a record that is being written: frames, one after the other, each whole or not there.
 
-A frame is its length and the CRC-32 of what follows, a byte that says what it is, and its bytes. It is written by one
-call of the operating system at the file's end, so that a process that is killed leaves at most one torn frame, the
-last, which the check sum tells. Where a frame is damaged, reading goes on with the next whole one, and says so.
+A frame is its length and a CRC-32, a byte that says what it is, and its bytes. It is written by one call of the
+operating system at the file's end, so that a process that is killed leaves at most one torn frame, the last, which the
+check sum tells. Where a frame is damaged, reading goes on with the next whole one, and says so.
+
+A row's frame holds a check sum of all its values and one of each field. So opening a long journal need not read it all:
+of rows far from its end just the heads are checked then, and each field when it is read.
 
 A journal begins with a session frame, and every program that continues a record adds one. What earlier sessions
 recorded at or after a step that a later session reached again is replaced: rows, series and events where the later
@@ -18,7 +21,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -29,10 +32,13 @@ try:
 except ImportError:  # not on Windows, where two writers of one record are not noticed
   fcntl = None
 
-_HEAD = struct.Struct("<IIc")
-_STEP = struct.Struct("<q")
+_HEAD = struct.Struct("<IIc")  # length of what follows, CRC-32 of it (of a row: of all but the values), kind
+_ROW = struct.Struct("<qIH")  # step, CRC-32 of all values, number of fields; the fields' CRC-32s come next
 SESSION, ROW, NOTE = b"S", b"R", b"N"
 FORMAT = "sedjax record"
+CHECKED = 2**28  # bytes at the end of a journal whose rows are checked whole when it is opened
+_LONGEST = 2**20  # of the first frame; of others a multiple of the longest before
+_SEARCHED = 2**24  # bytes at a time, after damage
 
 
 class Row(NamedTuple):
@@ -40,6 +46,7 @@ class Row(NamedTuple):
 
   step: int
   offset: int
+  checks: np.ndarray  # uint32[fields]: of each field's bytes
 
 
 class Contents(NamedTuple):
@@ -63,9 +70,12 @@ def frame(kind: bytes, payload: bytes) -> bytes:
   return _HEAD.pack(len(payload), zlib.crc32(payload, zlib.crc32(kind)), kind) + payload
 
 
-def row_payload(step: int, values: bytes) -> bytes:
-  """The payload of a ROW frame."""
-  return _STEP.pack(step) + values
+def row_frame(step: int, fields: Sequence[bytes]) -> bytes:
+  """The bytes of a ROW frame."""
+  values = b"".join(fields)
+  checks = np.asarray([zlib.crc32(field) for field in fields], "<u4").tobytes()
+  head = _ROW.pack(step, zlib.crc32(values), len(fields)) + checks
+  return _HEAD.pack(len(head) + len(values), zlib.crc32(head, zlib.crc32(ROW)), ROW) + head + values
 
 
 def note_payload(step: int, note: Mapping[str, Any]) -> bytes:
@@ -73,34 +83,64 @@ def note_payload(step: int, note: Mapping[str, Any]) -> bytes:
   return json.dumps({"step": step, **note}).encode()
 
 
-def frames(file: BinaryIO) -> Iterator[tuple[bytes, bytes, int]]:
-  """Kind, payload and the payload's offset, of each whole frame."""
-  size, at, longest = os.fstat(file.fileno()).st_size, 0, 2**19
-  file.seek(0)
-  while at + _HEAD.size <= size:
-    length, check, kind = _HEAD.unpack(file.read(_HEAD.size))
-    payload = file.read(length) if at + _HEAD.size + length <= size else b""
-    if len(payload) == length and zlib.crc32(payload, zlib.crc32(kind)) == check:
-      yield kind, payload, at + _HEAD.size
-      at, longest = at + _HEAD.size + length, max(longest, length)
-      continue
-    file.seek(at + 1)
-    found = _next_frame(file.read(), 2 * longest)
+class Frame(NamedTuple):
+  """A frame that was found whole."""
+
+  kind: bytes
+  payload: bytes  # of a row: all but the values
+  start: int
+  end: int
+
+
+def frames(file: BinaryIO, *, check_all: bool = False) -> Iterator[Frame]:
+  """Each whole frame; unless `check_all`, of rows far from the end just the head is known to be whole."""
+  fd = file.fileno()
+  size, at, longest = os.fstat(fd).st_size, 0, _LONGEST
+  while at < size:
+    whole = check_all or at >= size - CHECKED
+    found = _frame_at(fd, at, size, whole=whole) or _next_frame(fd, at + 1, size, 2 * longest)
     if found is None:
       return
-    at += 1 + found
-    file.seek(at)
+    yield found
+    at, longest = found.end, max(longest, found.end - found.start)
 
 
-def _next_frame(data: bytes, limit: int) -> int | None:
-  """Where in `data` the first whole frame of at most `limit` bytes begins."""
-  for kind in re.finditer(b"[" + SESSION + ROW + NOTE + b"]", data):
-    end = kind.end()
-    if end < _HEAD.size:
-      continue
-    length, check, _ = _HEAD.unpack_from(data, end - _HEAD.size)
-    if length <= min(limit, len(data) - end) and zlib.crc32(data[end : end + length], zlib.crc32(kind[0])) == check:
-      return end - _HEAD.size
+def _frame_at(fd: int, at: int, limit: int, *, whole: bool) -> Frame | None:
+  """The frame that begins at `at`, if it ends at `limit` at the latest; `whole` checks a row's values, too."""
+  start = os.pread(fd, 512, at)  # more than the head of a row
+  if len(start) < _HEAD.size:
+    return None
+  length, check, kind = _HEAD.unpack_from(start)
+  first, end, covered = at + _HEAD.size, at + _HEAD.size + length, length
+  if end > limit:
+    return None
+  values = None
+  if kind == ROW:
+    if length < _ROW.size:
+      return None
+    _, values, fields = _ROW.unpack_from(start, _HEAD.size)
+    covered = _ROW.size + 4 * fields
+  if covered > length:
+    return None
+  known = start[_HEAD.size : _HEAD.size + covered]
+  payload = known if len(known) == covered else known + read_bytes(fd, first + len(known), covered - len(known))
+  if zlib.crc32(payload, zlib.crc32(kind)) != check:
+    return None
+  if whole and kind == ROW and zlib.crc32(read_bytes(fd, first + covered, length - covered)) != values:
+    return None
+  return Frame(kind, payload, at, end)
+
+
+def _next_frame(fd: int, start: int, size: int, longest: int) -> Frame | None:
+  """The first whole frame from `start` on, of at most `longest` bytes."""
+  kind_at = _HEAD.size - 1
+  for first in range(start, size, _SEARCHED):
+    data = os.pread(fd, _SEARCHED + kind_at, first)
+    for kind in re.finditer(b"[" + SESSION + ROW + NOTE + b"]", data[kind_at:]):
+      at = first + kind.start()
+      found = _frame_at(fd, at, min(size, at + longest), whole=True)
+      if found is not None:
+        return found
   return None
 
 
@@ -111,8 +151,8 @@ def warn_of_damage(path: Path, contents: Contents | None) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def read(file: BinaryIO) -> Contents | None:
-  """What a journal holds; None where it does not hold a whole first frame.
+def read(file: BinaryIO, *, check_all: bool = False) -> Contents | None:
+  """What a journal holds; None where it does not hold a whole first frame. See `frames` for `check_all`.
 
   Raises:
     ValueError: the file is no journal.
@@ -123,8 +163,8 @@ def read(file: BinaryIO) -> Contents | None:
   events: list[tuple[int, int, str]] = []
   lows: list[dict[str | None, float]] = []  # by session: its first step of rows (None) and of each series
   end = damaged = 0
-  for kind, payload, offset in frames(file):
-    damaged += offset - _HEAD.size - end
+  for kind, payload, start, stop in frames(file, check_all=check_all):
+    damaged += start - end
     if not lows and (kind != SESSION or json.loads(payload).get("format") != FORMAT):
       raise ValueError("it does not begin as a sedjax journal does")
     session = len(lows) - 1
@@ -134,11 +174,12 @@ def read(file: BinaryIO) -> Contents | None:
       layout = new | {"attrs": {**layout.get("attrs", {}), **new["attrs"], **first}}
       lows.append({})
     elif kind == ROW:
-      (step,) = _STEP.unpack_from(payload)
+      step, _, fields = _ROW.unpack_from(payload)
       if damaged and None in lows[-1] and step <= rows[-1][1].step:  # the session's own frame is lost
         lows.append({})
         session += 1
-      rows.append((session, Row(step, offset + _STEP.size)))
+      checks = np.frombuffer(payload, "<u4", fields, _ROW.size)
+      rows.append((session, Row(step, start + _HEAD.size + len(payload), checks)))
       lows[-1].setdefault(None, step)
     else:
       note = json.loads(payload)
@@ -148,7 +189,7 @@ def read(file: BinaryIO) -> Contents | None:
       for name, value in note.get("series", {}).items():
         series.setdefault(name, []).append((session, step, value))
         lows[-1].setdefault(name, step)
-    end = offset + len(payload)
+    end = stop
   if not lows:
     return None
 

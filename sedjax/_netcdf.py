@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import itertools
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -16,6 +19,7 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from sedjax._journal import Contents, read_bytes
+from sedjax._types import Report
 
 BLOCK_BYTES = 2**26  # of one variable; what reading and writing keep in memory
 LONGEST_CHUNK = 4096  # steps
@@ -35,7 +39,7 @@ class Rows:
   def __init__(self, file: BinaryIO, contents: Contents, fields: Mapping[str, tuple[np.dtype, tuple[int, ...]]]):
     self.file, self.fields = file, fields
     self.steps = np.asarray([row.step for row in contents.rows], np.int64)
-    self._offsets = [row.offset for row in contents.rows]
+    self._rows = contents.rows
     self._starts: dict[str, int] = {}
     at = 0
     for name, (dtype, shape) in fields.items():
@@ -43,14 +47,26 @@ class Rows:
       at += dtype.itemsize * int(np.prod(shape))
 
   def __len__(self) -> int:
-    return len(self._offsets)
+    return len(self._rows)
 
   def read(self, name: str, places: np.ndarray) -> np.ndarray:
-    """[places, ...]: a field of some rows."""
+    """[places, ...]: a field of some rows.
+
+    Raises:
+      ValueError: it is damaged.
+    """
     dtype, shape = self.fields[name]
-    start, length = self._starts[name], dtype.itemsize * int(np.prod(shape))
-    data = b"".join(read_bytes(self.file.fileno(), self._offsets[i] + start, length) for i in places)
-    return np.frombuffer(data, dtype).reshape(len(places), *shape)
+    start, length, number = self._starts[name], dtype.itemsize * int(np.prod(shape)), list(self.fields).index(name)
+    parts = []
+    for row in map(self._rows.__getitem__, places):
+      data = read_bytes(self.file.fileno(), row.offset + start, length)
+      if zlib.crc32(data) != row.checks[number]:
+        raise ValueError(
+          f"sedjax.record: {name} of step {row.step} in {self.file.name} is damaged; open the record with "
+          "sedjax.record.Recorder and close it, which makes the file of all rows but the damaged ones."
+        )
+      parts.append(data)
+    return np.frombuffer(b"".join(parts), dtype).reshape(len(places), *shape)
 
 
 class _Joined(BackendArray):
@@ -223,9 +239,11 @@ def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None
       shutil.copyfile(path, partial)
     else:
       parts = parts_of(empty, contents)
-      _write_empty(partial, empty, rows)
+      write_new(partial, empty)
     with h5netcdf.File(partial, "r+") as file:
       _extend(file, parts, rows)
+    with h5py.File(partial, "r+") as file:
+      _write_fields(file, parts.keep, rows)
     with open(partial, "rb") as file:
       os.fsync(file.fileno())
     os.replace(partial, path)
@@ -234,17 +252,19 @@ def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None
     raise
 
 
-def _write_empty(path: Path, empty: xr.Dataset, rows: Rows) -> None:
-  encoding: dict[str, Any] = {}
-  for name, (dtype, shape) in rows.fields.items():
+def write_new(path: Path, record: xr.Dataset) -> None:
+  """Writes a record in memory to a file that can be continued."""
+  encoding: dict[str, Any] = {"step": {"chunksizes": (LONGEST_CHUNK,), **FAST}}
+  for name in Report._fields:
+    dims, shape = record[name].dims[1:], record[name].shape[1:]
     # What one reads is mostly one seed and window over all steps, of vectors one group.
     others = [
-      size if dim == "index" or (dim == "group" and "index" not in empty[name].dims) else 1
-      for dim, size in zip(empty[name].dims[1:], shape, strict=True)
+      size if dim == "index" or (dim == "group" and "index" not in dims) else 1
+      for dim, size in zip(dims, shape, strict=True)
     ]
-    encoding[name] = {"chunksizes": (block_length(dtype, shape), *others), "_FillValue": None, **FAST}
-  encoding["step"] = {"chunksizes": (LONGEST_CHUNK,), **FAST}
-  empty.to_netcdf(path, engine="h5netcdf", encoding=encoding, unlimited_dims=["step"])
+    chunk = (block_length(record[name].dtype, shape), *others)
+    encoding[name] = {"chunksizes": chunk, "_FillValue": None, **FAST}
+  record.to_netcdf(path, engine="h5netcdf", encoding=encoding, unlimited_dims=["step"])
 
 
 def _extend(file: Any, parts: Parts, rows: Rows) -> None:
@@ -252,14 +272,6 @@ def _extend(file: Any, parts: Parts, rows: Rows) -> None:
   file.resize_dimension("step", total)
   if len(rows):
     file["step"][parts.keep :] = rows.steps
-  for name, (dtype, shape) in rows.fields.items():
-    start = parts.keep
-    while start < total:
-      length = block_length(dtype, shape)
-      stop = min(total, (start // length + 1) * length)  # whole chunks, where they lie
-      block = rows.read(name, np.arange(start, stop) - parts.keep)
-      file[name][start:stop] = block.astype(file[name].dtype)  # NetCDF has no bool
-      start = stop
   for name, variable in _added_variables(parts).items():
     text = variable.dtype == object
     if variable.dims[0] not in file.dimensions:
@@ -275,3 +287,42 @@ def _extend(file: Any, parts: Parts, rows: Rows) -> None:
       file[name][...] = variable.values
   for key, value in parts.attrs.items():
     file.attrs[key] = value
+
+
+def _write_fields(file: h5py.File, keep: int, rows: Rows) -> None:
+  """Writes the rows after the first `keep` steps. h5netcdf would take longer to check flags than all else takes."""
+  total = keep + len(rows)
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+    for name, (dtype, shape) in rows.fields.items():
+      start, dataset = keep, file[name]
+      assert isinstance(dataset, h5py.Dataset)
+      length = block_length(dtype, shape)
+      as_here = dataset.chunks and dataset.chunks[0] == length and dataset.compression == "gzip" and dataset.shuffle
+      while start < total:
+        stop = min(total, (start // length + 1) * length)  # whole chunks, where they lie
+        block = rows.read(name, np.arange(start, stop) - keep).view(np.int8 if dtype.kind == "b" else dtype)
+        if as_here and start % length == 0:
+          _write_chunks(dataset, start, block, threads)
+        else:
+          dataset[start:stop] = block
+        start = stop
+
+
+def _write_chunks(dataset: h5py.Dataset, start: int, block: np.ndarray, threads: concurrent.futures.Executor) -> None:
+  """Writes whole chunks from step `start` on, compressed as `FAST` says; HDF5 does that in one thread."""
+  chunk = dataset.chunks
+  assert chunk
+  whole = np.zeros((chunk[0], *block.shape[1:]), block.dtype)
+  whole[: len(block)] = block
+
+  def packed(place: tuple[int, ...]) -> bytes:
+    values = whole[(slice(None), *(slice(at, at + size) for at, size in zip(place, chunk[1:], strict=True)))]
+    shuffled = np.ascontiguousarray(values).view(np.uint8).reshape(-1, values.itemsize).T
+    # Runs alone: what floats have of longer repetitions is not worth twice the time.
+    packer = zlib.compressobj(FAST["complevel"], strategy=zlib.Z_RLE)
+    return packer.compress(shuffled.tobytes()) + packer.flush()
+
+  axes = (range(0, size, step) for size, step in zip(block.shape[1:], chunk[1:], strict=True))
+  places = list(itertools.product(*axes))
+  for place, data in zip(places, threads.map(packed, places), strict=True):
+    dataset.id.write_direct_chunk((start, *place), data)

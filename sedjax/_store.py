@@ -104,12 +104,14 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
 
 
 def write_record(record: xr.Dataset, out: Path) -> None:
+  from sedjax import _netcdf
+
   path = pathlib.Path(out)
   new = path.with_name(path.name + ".new")
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-      record.to_netcdf(new, engine="h5netcdf")
+      _netcdf.write_new(new, record)
       os.replace(new, path)
     finally:
       new.unlink(missing_ok=True)

@@ -18,13 +18,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import importlib.metadata
 import itertools
-import json
 import os
 import re
-import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +28,7 @@ import jax
 import numpy as np
 
 from sedjax import core
+from sedjax._dataset import provenance, to_dataset
 from sedjax._exact import exact_series
 from sedjax._selection import Groups, Selection, group_function, left_out_lines, say_what_is_read, select, taken_lines
 from sedjax._series import CheckpointError as CheckpointError
@@ -39,7 +36,6 @@ from sedjax._series import Entry, Path, find_series
 from sedjax._store import Store, identity_of, write_record
 from sedjax._streams import sketch_series
 from sedjax._types import Report
-from sedjax.record import to_dataset
 
 if TYPE_CHECKING:
   import xarray as xr
@@ -156,18 +152,9 @@ def _record(series: list[Entry], selection: Selection, found: list[tuple[int, Re
   config = selection.config
   stacked = (np.stack(fields) for fields in zip(*(report for _, report in found), strict=True))
   reports = Report(*stacked)  # pyright: ignore[reportArgumentType] - in NumPy
-  kind = type(config.sketch).__name__.lower()
-  attrs = {
-    "source": "params",
-    "sketch": kind if config.exact else f"{kind}({config.sketch.dim}, seed={config.sketch.seed})",
+  known = provenance(config, jax.devices()[0]) | {"source": "params"}
+  attrs = {name: value for name, value in known.items() if value is not None} | {
     "sketch_id": list(config.sketch.sketch_id),
-    "every": config.every,
-    "windows": list(config.windows),
-    "k_max": "half of each window" if config.k_max is None else config.k_max,
-    "momentum": float(config.momentum),
-    "versions": json.dumps({name: importlib.metadata.version(name) for name in ("sedjax", "jax", "numpy")}),
-    "device": jax.devices()[0].device_kind,
-    "command": shlex.join(sys.argv),
     "checkpoints": f"{series[0].file} … {series[found[-1][0]].file}",
     "parameters_taken": "\n".join(taken_lines(selection)),
     "parameters_left_out": "\n".join(left_out_lines(selection)),

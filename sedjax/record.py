@@ -12,14 +12,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import datetime
 import functools
-import importlib.metadata
 import json
 import operator
 import queue
-import shlex
-import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +26,7 @@ import numpy as np
 from jax.core import Tracer
 
 from sedjax import _journal, core
-from sedjax._dataset import DIMS, DTYPES, FIELDS, VERSION, WHOLE, arrange, empty_dataset, to_dataset
+from sedjax._dataset import DIMS, DTYPES, FIELDS, VERSION, WHOLE, arrange, empty_dataset, provenance, to_dataset
 from sedjax._record_files import cannot, check_version, existing_layout, journal_of, layout_of, open_file, rows_of
 from sedjax._transform import find_tracker
 from sedjax._types import Report
@@ -81,12 +77,12 @@ class Recorder:
     name: of the tracker, where the state holds several.
 
   Raises:
-    ValueError: the arguments are out of range, or the record is newer than this library, no record, or being written by
-      another Recorder. What the writer thread finds out is raised by the next call as a RuntimeError: a full disk, a
-      failing sink, a record of other windows, groups, seeds or another sketch.
+    ValueError: the arguments are out of range, or the record is newer than this library, no record, of other windows,
+      groups, seeds or another sketch, or being written by another Recorder. What the writer thread finds out is raised
+      by the next call as a RuntimeError: a full disk, a failing sink, groups or a sketch that only the state tells.
 
-  Cost: `append` dispatches one small compiled program. A row takes about 4·(2·W + 17) bytes for each seed, window and
-    group, W being the largest window; up to 256 rows wait in memory. `close` writes the whole record anew.
+  Cost: `append` dispatches one small compiled program. A row takes about 100 bytes, and 4·(2·W + 17) for each seed,
+    window and group, W being the largest window; up to 256 rows wait in memory. `close` writes the whole record anew.
 
   Example:
     >>> import jax.numpy as jnp, sedjax, sedjax.record, tempfile
@@ -131,6 +127,14 @@ class Recorder:
       raise cannot("write", self.path, error) from error
     try:
       self._layout = existing_layout(self.path, self._journal.found)  # None until there is one
+      known: dict[str, Any] = {"sketch_id": list(self._config.sketch.sketch_id)} if self._tracked else {}
+      if self._given is not None:
+        known["windows"], known["groups"] = self._given
+      elif self._tracked:
+        known["windows"] = list(self._config.windows)
+      if self._seeds is not None:
+        known["seeds"] = self._seeds
+      self._must_continue(known)
     except BaseException:
       self._journal.close()
       raise
@@ -154,7 +158,8 @@ class Recorder:
         `Report` as `get_reports` returns it. Its arrays may be donated afterwards.
 
     Raises:
-      ValueError: steps do not ascend, no tracker in the state, shapes other than before, or a traced state.
+      ValueError: steps do not ascend, no tracker in the state, shapes other than before or than the record has that is
+        continued, or a traced state.
       RuntimeError: an earlier row could not be written.
     """
     step = self._next("append", step)
@@ -281,9 +286,28 @@ class Recorder:
           f"sedjax.record: the state's windows are {windows}, tracker= says {self._config.windows}; pass the arguments "
           "that track_spectral_edge was given."
         )
+      numbers = {"seeds": seeds, "groups": shape[-2], "windows": shape[-1]}
+      self._must_continue(numbers if windows is None else {**numbers, "windows": list(windows)})
       self._shape = shape
     if shape != self._shape:
       raise ValueError(f"sedjax.record: the reports' shape was {self._shape} and is now {shape}.")
+
+  def _problem(self, new: Mapping[str, int | list[Any] | None]) -> str | None:
+    """How a layout, or the length of an axis of it, differs from that of the record to be continued."""
+    layout = self._layout or new
+    for name, value in new.items():
+      old: Any = layout[name]
+      if isinstance(value, int):
+        old = len(old) if self._layout else value
+      elif name == "sketch_id" and old and value:  # whose last number, of the leaves, is known from states alone
+        old, value = old[: len(value)], value[: len(old)]
+      if old != value:
+        return f"its {name.replace('_', ' ')}, {old}, differ from this run's, {value}; give this run a new file"
+    return None
+
+  def _must_continue(self, new: Mapping[str, Any]) -> None:
+    if (problem := self._problem(new)) is not None:
+      raise ValueError(f"sedjax.record: cannot continue {self.path}: {problem}.")
 
   def _put(self, what: str, job: Callable[[], None]) -> None:
     if self._closed:
@@ -313,8 +337,8 @@ class Recorder:
     assert layout is not None
     sizes = {"step": 1, **{name: len(layout[f"{name}s"]) for name in ("seed", "window", "group")}}
     arranged = arrange(Report._make(np.asarray(field)[None] for field in host), sizes, layout["windows"])
-    values = b"".join(np.asarray(v, DTYPES.get(name, "<f4")).tobytes() for name, v in arranged.items())
-    self._journal.write(_journal.frame(_journal.ROW, _journal.row_payload(step, values)))
+    fields = [np.asarray(values, DTYPES.get(name, "<f4")).tobytes() for name, values in arranged.items()]
+    self._journal.write(_journal.row_frame(step, fields))
     if self._sinks:
       self._tell(step, {tag: x for name in SCALARS for tag, x in _tagged(f"sedjax/{name}", arranged[name][0], layout)})
 
@@ -365,25 +389,25 @@ class Recorder:
     shape = np.shape(host.k_star)
     seeds = self._seeds if self._seeds is not None else list(range(shape[0] if len(shape) == 3 else 1))
     new = {"windows": list(windows), "groups": groups, "seeds": seeds, "sketch_id": sketch_id}
-    for name, value in new.items():
-      old = (self._layout or new)[name]
-      if old != value:
-        raise ValueError(
-          f"its {name.replace('_', ' ')} {old} differ from this run's, {value}; give this run a new file"
-        )
-    provenance = _provenance(report, self._config if self._tracked else None)
+    if (problem := self._problem(new)) is not None:
+      raise ValueError(problem)
+    devices = report.k_star.devices() if isinstance(report.k_star, jax.Array) else set()
+    device = min(devices, key=lambda device: device.id, default=None)
+    known = provenance(self._config if self._tracked else None, device)
     own = {"sketch_id": sketch_id} if sketch_id is not None else {}
-    attrs = {name: _plain(x) for name, x in {**provenance, **own, **self._attrs}.items() if x is not None}
+    attrs = {name: _plain(x) for name, x in {**known, **own, **self._attrs}.items() if x is not None}
     return {"format": _journal.FORMAT, "version": VERSION, **new, "attrs": attrs}
 
   def _finish(self) -> None:
     path = self._journal.path
     try:
       with open(path, "rb") as file:
-        contents = _journal.read(file)
+        contents = _journal.read(file, check_all=True)
         if contents is not None:
           from sedjax import _netcdf
 
+          if contents.damaged > (self._journal.found or _journal.NOTHING).damaged:  # which was told at the beginning
+            _journal.warn_of_damage(path, contents)
           empty = empty_dataset(contents.layout)
           _netcdf.write(self.path, empty, contents, rows_of(file, contents, empty))
       path.unlink()
@@ -406,9 +430,13 @@ def open_record(path: str | Path) -> xr.Dataset:
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: the file is no record, is damaged, or was written by a newer version.
+    ValueError: the file is no record, is damaged, or was written by a newer version. Also when a field is read that is
+      damaged in the beginning of a journal longer than 256 MiB, of which opening does not read all.
 
-  Cost: the steps, the series and, while the record is written, one pass over its journal.
+  Warns:
+    RuntimeWarning: parts of the journal are damaged; what they recorded is left out.
+
+  Cost: the steps, the series and, while the record is written, the heads of its journal's rows.
 
   Example:
     >>> import jax.numpy as jnp, sedjax, sedjax.record, tempfile
@@ -471,24 +499,6 @@ def _step_of(step: Any) -> int:
   if not 0 <= step < 2**63:
     raise ValueError(f"sedjax.record: step must be an int in 0…2**63 - 1, got {step}.")
   return step
-
-
-def _provenance(report: Report, config: core.Config | None) -> dict[str, Any]:
-  found: dict[str, Any] = {
-    "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "command": shlex.join(sys.argv),
-  }
-  for name in ("sedjax", "jax", "jaxlib", "numpy", "optax"):
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      found[f"{name}_version"] = importlib.metadata.version(name)
-  if isinstance(report.k_star, jax.Array):
-    device = min(report.k_star.devices(), key=lambda device: device.id)
-    found["device"] = f"{device.platform} ({device.device_kind})"
-  if config is not None:
-    sketch = config.sketch
-    found |= {name: getattr(config, name) for name in ("every", "source", "momentum", "k_max")}
-    found["sketch"] = f"{type(sketch).__name__.lower()}, dim {sketch.dim}, seed {sketch.seed}"
-  return found
 
 
 def _plain(value: Any) -> Any:

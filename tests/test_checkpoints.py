@@ -20,7 +20,7 @@ from hypothesis import strategies
 import sedjax
 from sedjax import _ahead, _analyze_cli, _compile, _count, _leaves, _readers, _selection, _store, _streams, checkpoints
 from sedjax._null import row_covariance
-from sedjax.record import to_dataset
+from sedjax.record import Recorder, open_record, to_dataset
 
 safetensors = pytest.importorskip("safetensors.numpy")
 EVERY, COUNT = 5, 9
@@ -325,6 +325,19 @@ def test_goes_on_after_an_interruption_at_every_save(tmp_path, files, exact, mon
   monkeypatch.setattr(_store.Store, "save", save)
   assert_same(checkpoints.analyze(files, out=out, **options), whole)
   assert sorted(path.name for path in tmp_path.iterdir()) == ["run.nc"]
+
+
+def test_the_users_series_can_be_added(tmp_path, files):
+  out = tmp_path / "run.nc"
+  whole = checkpoints.analyze(files, window=3, out=out)
+  with Recorder(out) as recorder:
+    recorder.log(10, validation_loss=0.5)
+    recorder.event(20, "the data shifted")
+  found = open_record(out)
+  assert_same(found.load(), whole)
+  assert found.validation_loss_step.values.tolist() == [10]
+  assert found.event.values.tolist() == ["the data shifted"]
+  assert {"sketch", "sketch_id", "source", "every", "windows", "jax_version", "device", "command"} <= set(found.attrs)
 
 
 def test_small_checkpoints_are_saved_several_at_a_time(tmp_path, files, monkeypatch):

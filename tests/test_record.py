@@ -126,6 +126,7 @@ def test_round_trip(tmp_path, seeds, finished):
   assert (attrs["model"], attrs["lr"], list(attrs["sizes"])) == ("tiny", 0.1, [1, 2])
   assert (attrs["every"], attrs["source"], attrs["momentum"]) == (1, "updates", 0.9)
   assert attrs["sketch"] == "count, dim 16384, seed 0"
+  assert list(attrs["windows"]) == list(WINDOWS)
   assert list(attrs["sketch_id"]) == np.ravel(states[0][1].trackers["spectral_edge"].counters)[-5:].tolist() or seeds
   assert {"sedjax_version", "jax_version", "jaxlib_version", "numpy_version", "optax_version"} <= set(attrs)
   assert {"device", "command", "created"} <= set(attrs)
@@ -229,6 +230,19 @@ def test_goes_on(tmp_path, killed):
   assert (record.attrs["again"], record.attrs["created"]) == (1, created)
 
 
+def test_goes_on_by_reports_of_a_tracker(tmp_path):
+  """The tracker's arguments and its states name one sketch, though states alone know the leaves."""
+  path, (states, _) = tmp_path / "run.nc", run()
+  for i, state in enumerate(states):
+    with Recorder(path, tracker=OPTIONS) as recorder:
+      recorder.append(i, state)
+  assert open_record(path).step.values.tolist() == list(range(len(states)))
+  with pytest.raises(ValueError, match="its sketch id"):
+    Recorder(path, tracker={**OPTIONS, "sketch": sedjax.sketch.count(64)})
+  with pytest.raises(ValueError, match="its windows"):
+    Recorder(path, tracker={**OPTIONS, "window": 9})
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_going_back_replaces(tmp_path, killed):
   path = tmp_path / "run.nc"
@@ -307,7 +321,7 @@ def small_journal(tmp_path_factory):
   path = tmp_path_factory.mktemp("journal") / "run.nc"
   leave_journal(path, range(4))
   with open(journal_of(path), "rb") as file:
-    ends = [at + len(payload) for kind, payload, at in _journal.frames(file) if kind == _journal.ROW]
+    ends = [frame.end for frame in _journal.frames(file) if frame.kind == _journal.ROW]
   return journal_of(path).read_bytes(), ends
 
 
@@ -349,6 +363,27 @@ def test_damage_is_told_and_the_rest_goes_on(tmp_path, small_journal):
   with pytest.warns(RuntimeWarning, match="are damaged"):
     record_numbers(path, [4])
   assert steps_of(path) == [0, 1, 3, 4]
+
+
+def test_a_long_journal_is_checked_where_it_is_read(tmp_path, monkeypatch, small_journal):
+  """Opening reads the heads of its rows; what is damaged is never read as numbers, and closing leaves it out."""
+  data, ends = small_journal
+  damaged = bytearray(data)
+  damaged[ends[1] - 10] ^= 1  # a value of the last field, in row 1
+  path = tmp_path / "run.nc"
+  journal_of(path).write_bytes(damaged)
+  monkeypatch.setattr(_journal, "CHECKED", ends[3] - ends[2])
+  record = open_record(path)
+  assert record.step.values.tolist() == [0, 1, 2, 3]
+  assert record.gap_ratio.values[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+  with pytest.raises(ValueError, match=r"status of step 1 in .*run\.nc\.journal is damaged; open the record with"):
+    _ = record.status.values
+  assert (record.status.isel(step=[0, 2, 3]).values[:, 0, 0, 0] == [0, 2, 3]).all()
+  record.close()
+  recorder = recorder_of(path)
+  with pytest.warns(RuntimeWarning, match=f"{ends[1] - ends[0]} bytes of .* are damaged"):
+    recorder.close()
+  assert steps_of(path) == [0, 2, 3]
 
 
 def test_a_damaged_beginning_is_refused_and_kept(tmp_path, small_journal):
@@ -529,25 +564,53 @@ def test_steps_ascend(tmp_path):
 @pytest.mark.parametrize(
   ("options", "words"),
   [
-    ({"windows": (3, 6)}, "its windows .* differ"),
-    ({"groups": ("all", "tail")}, "its groups .* differ"),
-    ({"seeds": [5]}, "its seeds .* differ"),
-    ({"tracker": {"sketch": sedjax.sketch.exact()}}, "its sketch id .* differ"),
+    ({"windows": (3, 6)}, "its windows, .* differ"),
+    ({"groups": ("all", "tail")}, "its groups, .* differ"),
+    ({"seeds": [5]}, "its seeds, .* differ"),
+    ({"tracker": {"sketch": sedjax.sketch.exact()}}, "its sketch id, .* differ"),
   ],
 )
 def test_another_run_is_refused(tmp_path, options, words):
   path = tmp_path / "run.nc"
   record_numbers(path, range(3))
-  recorder = Recorder(path, **{"windows": (3, 5), "groups": ("all", "head"), **options})
-  report = report_of(3)
-  if 6 in options.get("windows", ()):
-    report = report._replace(singular_values=np.ones((2, 2, 6)), ratios=np.ones((2, 2, 5)))
-  recorder.append(3, report)
+  with pytest.raises(ValueError, match=words):
+    Recorder(path, **{"windows": (3, 5), "groups": ("all", "head"), **options})
+  assert steps_of(path) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+  ("tracker", "vmapped", "words"),
+  [
+    (sedjax.track_spectral_edge((3, 6), groups=lambda _: "head"), False, "its windows, .* differ"),
+    (sedjax.track_spectral_edge((3, 5)), False, "its groups, 2, differ from this run's, 1"),
+    (sedjax.track_spectral_edge((3, 5), groups=lambda _: "head"), True, "its seeds, 1, differ from this run's, 2"),
+  ],
+)
+def test_a_state_of_another_run_is_refused_at_once(tmp_path, tracker, vmapped, words):
+  path = tmp_path / "run.nc"
+  record_numbers(path, range(3))
+  init = jax.vmap(lambda _: tracker.init(PARAMS)) if vmapped else lambda _: tracker.init(PARAMS)
+  with Recorder(path) as recorder, pytest.raises(ValueError, match=words):
+    recorder.append(3, init(jnp.arange(2)))
+  assert steps_of(path) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [({"groups": lambda _: "tail"}, "its groups, .* differ"), ({"sketch": sedjax.sketch.count(64)}, "its sketch id, .*")],
+)
+def test_what_only_the_state_tells_is_raised_by_the_next_call(tmp_path, options, words):
+  path = tmp_path / "run.nc"
+  first = sedjax.track_spectral_edge((3, 5), groups=lambda _: "head").init(PARAMS)
+  with Recorder(path) as recorder:
+    recorder.append(0, first)
+  recorder = Recorder(path)
+  recorder.append(1, sedjax.track_spectral_edge((3, 5), **{"groups": lambda _: "head", **options}).init(PARAMS))
   with pytest.raises(RuntimeError, match=words):
     recorder.flush()
   with pytest.raises(RuntimeError, match=words):
     recorder.close()
-  assert steps_of(path) == [0, 1, 2]
+  assert open_record(path).step.values.tolist() == [0]
 
 
 def test_wrong_arguments(tmp_path):
