@@ -23,6 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+
+from sedjax import _placement
 
 _SIGN = np.uint32(0x80000000)
 _GOLDEN = np.uint32(0x9E3779B9)
@@ -454,11 +457,76 @@ def _chunked_bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: A
   return lax.fori_loop(0, whole, lambda i, total: total + sums(i * size, size), jnp.broadcast_to(total, shape))
 
 
+def _mesh(x: jax.Array) -> Any:
+  """The abstract mesh that an array lies on, as far as that is known while tracing; else an empty one."""
+  return getattr(jax.typeof(x).sharding, "mesh", jax.sharding.AbstractMesh((), ()))
+
+
+def _may_be_split(x: jax.Array) -> bool:
+  """Whether an array may be sharded; older contexts of a mesh do not show while tracing."""
+  return jax.device_count() > 1 or _mesh(x).size > 1
+
+
 def _gathered(vector: jax.Array) -> jax.Array:
   """Asks for a vector on every device of a mesh of automatic axes, where its pieces would be sent around one by one."""
-  mesh = jax.sharding.get_abstract_mesh()
-  automatic = not mesh.empty and all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
-  return lax.with_sharding_constraint(vector, jax.P()) if automatic else vector
+  mesh = _mesh(vector)
+  if mesh.empty or any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
+    return vector
+  return lax.with_sharding_constraint(vector, jax.NamedSharding(mesh, jax.P()))
+
+
+def _placed_sums(piece: Piece, plan: Plan, sums: jax.Array) -> jax.Array:
+  """float32[g, columns of the leaf]: bucket sums of a block, and zeros beside them."""
+  if piece.start is None or sums.shape[1] == plan.columns:
+    return sums
+  at = jnp.asarray(piece.start[-1], jnp.int32)
+  width = -(-plan.columns // sums.shape[1]) * sums.shape[1]  # a last block that is padded reaches beyond the leaf
+  row = lax.dynamic_update_slice_in_dim(jnp.zeros((plan.buckets, width), sums.dtype), sums, at, 1)
+  return row[:, : plan.columns]
+
+
+def _folding_rule(piece: Piece, plan: Plan, dim: int, part: Any) -> Callable[..., jax.Array]:
+  """A function of a leaf and `grid` that gives what the leaf adds, float32[dim], for bucket sums of more numbers.
+
+  Partitioners would send all of them between devices, and then fold them. So it brings a rule of its own, by which each
+  device folds those of its block. Such rules know no vmap, which does without, and no export; nor does libtpu.
+  """
+
+  def folded(x: jax.Array, grid: Any, start: tuple[Any, ...]) -> jax.Array:
+    block = piece._replace(array=x, start=start)
+    sums = _bucket_sums(block, plan, plan.buckets, part, grid)
+    return _folded(_placed_sums(block, plan, sums).reshape(-1), dim)
+
+  def whole(x: jax.Array, grid: Any) -> jax.Array:
+    return folded(x, grid, (0,) * x.ndim)
+
+  def partition(mesh: Any, args: Any, result: Any) -> Any:
+    del result
+    if not isinstance(args[0].sharding, jax.NamedSharding):  # of a mesh without names, where all arguments were on none
+      mesh = jax.sharding.Mesh(np.asarray(sorted(args[0].sharding.device_set, key=lambda one: one.id)), ("devices",))
+      everywhere = jax.NamedSharding(mesh, jax.P())
+      return mesh, whole, everywhere, (everywhere, everywhere)
+    spec = _placement.normalised(args[0].sharding.spec, len(piece.shape))
+
+    def local(x: jax.Array, grid: Any) -> jax.Array:
+      start = _placement.block_start(x.shape, spec)
+      for axis, (first, size) in enumerate(zip(start, piece.shape, strict=True)):
+        if x.shape[axis] * math.prod(mesh.shape[name] for name in spec[axis]) > size:  # the last block is padded
+          x = jnp.where(lax.broadcasted_iota(jnp.uint32, x.shape, axis) < np.uint32(size) - first, x, 0)
+      return _placement.psum(folded(x, grid, start), [name for names in spec for name in names])
+
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    return mesh, local, everywhere, (args[0].sharding, everywhere)
+
+  def without(size: int, batched: Any, *args: Any) -> Any:
+    return jax.vmap(whole, [0 if each else None for each in batched], axis_size=size)(*args), True
+
+  rule = custom_partitioning(whole)
+  axes = " ".join(f"i{axis}" for axis in range(len(piece.shape)))
+  rule.def_partition(partition, lambda mesh, *_: jax.NamedSharding(mesh, jax.P()), sharding_rule=f"{axes}, -> d")
+  by_hand = jax.custom_batching.custom_vmap(rule)
+  by_hand.def_vmap(without)
+  return by_hand
 
 
 def _indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> tuple[int, jax.Array]:
@@ -466,10 +534,19 @@ def _indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> tu
   piece = piece.placed()
   plan = plan_of(piece.path, piece.hashes, piece.shape, dim, seed)
   if piece.start is None:
-    if plan.rows == 1 and plan.columns <= dim:
-      piece = piece._replace(array=_gathered(piece.array))
     # Partitioners sum what each contraction gives: no more than dim numbers, where a leaf is no wider.
-    sums = _bucket_sums(piece, plan, max(1, dim // plan.columns), part, grid)
+    most = max(1, dim // plan.columns)
+    if plan.buckets * plan.columns > dim and _may_be_split(piece.array):
+
+      def plain(array: jax.Array, grid: Any) -> jax.Array:
+        return _folded(_bucket_sums(piece._replace(array=array), plan, most, part, grid).reshape(-1), dim)
+
+      rule = _folding_rule(piece, plan, dim, part)
+      array = lax.stop_gradient(piece.array)
+      return plan.offset, lax.platform_dependent(array, jnp.asarray(grid), cpu=rule, cuda=rule, default=plain)
+    if plan.rows == 1:
+      piece = piece._replace(array=_gathered(piece.array))
+    sums = _bucket_sums(piece, plan, most, part, grid)
   else:
 
     def chunked(array: jax.Array, start: Any, grid: Any) -> jax.Array:
@@ -479,10 +556,7 @@ def _indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> tu
       return _bucket_sums(piece._replace(array=array, start=start), plan, plan.buckets, part, grid)
 
     sums = lax.platform_dependent(piece.array, piece.start, grid, cpu=chunked, default=direct)
-    if sums.shape[1] < plan.columns:
-      at = jnp.asarray(piece.start[-1], jnp.int32)
-      sums = lax.dynamic_update_slice_in_dim(jnp.zeros((plan.buckets, plan.columns), sums.dtype), sums, at, 1)
-  return plan.offset, sums.reshape(-1)
+  return plan.offset, _placed_sums(piece, plan, sums).reshape(-1)
 
 
 def _sum_terms(terms: list[tuple[int, jax.Array]], dim: int) -> jax.Array:
@@ -540,10 +614,9 @@ def count_rows(
     for piece, group, array in zip(pieces, groups, arrays, strict=True):
       terms[group].append(_indexed_term(piece._replace(array=array), dim, seed, part, grid))
     rows = [_sum_terms(some, dim) if some else jnp.zeros((dim,), _dtype(part)) for some in terms]
-    return lax.optimization_barrier(rows)
+    return lax.optimization_barrier([_gathered(row) for row in rows])
 
   arrays = [piece.array for piece in pieces]
-  # With several devices leaves may be sharded, which automatic mesh axes do not show while tracing.
-  if jax.device_count() > 1 or any(piece.start is not None for piece in pieces):
+  if any(piece.start is not None or _may_be_split(piece.array) for piece in pieces):
     return indexed(arrays, grid)
   return lax.platform_dependent(arrays, grid, cpu=strided, cuda=strided, default=indexed)

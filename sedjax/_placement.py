@@ -2,8 +2,8 @@
 
 Shardings are known while tracing in two cases: over mesh axes of *explicit* type, which arrays carry in their types,
 and inside the user's own `jax.shard_map`, of which the user gives the axes (`axis_name`). Then each device works on its
-blocks, and what they give is summed over the mesh once. Over *automatic* axes nothing is known, and XLA's partitioner
-does what it finds best.
+blocks, and what they give is summed over the mesh once. Over *automatic* axes at most the mesh is known, and XLA's
+partitioner does what it finds best.
 """
 
 from __future__ import annotations

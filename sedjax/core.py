@@ -368,7 +368,8 @@ def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState)
   """Refuses a state that another sketch, tree or configuration made; flags what cannot be known while tracing."""
   expected, traced = np.asarray(_map_id(config, layout), np.int32), isinstance(state.counters, Tracer)
   if not traced:
-    found = np.asarray(map_id_of(state))
+    # In NumPy, since inside jit what is made of a state that was not traced is traced.
+    found = map_id_of(state._replace(counters=np.asarray(state.counters)))  # pyright: ignore[reportArgumentType]
     if found[4] != expected[4]:
       raise ValueError(TREE_CHANGED)
     if np.any(found != expected):

@@ -247,6 +247,18 @@ def test_sed_step_skips_work_under_vmap():
   assert " conditional(" not in plain.lower(states, updates[:, 0]).compile().as_text()
 
 
+def test_a_state_that_jit_closes_over():
+  """Is a constant to it, and is checked like one."""
+  tx = sedjax.track_spectral_edge(3)
+  updates = {"w": jnp.ones((3, 4))}
+  state = tx.init(updates)
+  assert jax.jit(lambda u: sedjax.get_report(tx.update(u, state)[1]).count)(updates) == 1
+  assert jax.jit(jax.grad(lambda x: tx.update({"w": updates["w"] * x}, state)[0]["w"].sum()))(2.0) == 12
+  other = sedjax.track_spectral_edge(3, sketch=sedjax.sketch.count(64))
+  with pytest.raises(ValueError, match="the state's rows were made with sketch"):
+    jax.jit(lambda u: other.update(u, state)[1])(updates)
+
+
 def test_two_trackers():
   first = sedjax.track_spectral_edge(3, sketch=COUNT, name="before")
   second = sedjax.track_spectral_edge(4, sketch=COUNT, name="after")

@@ -4,6 +4,7 @@ Leaves are sketched where they lie, whatever the layout. Over explicit axes and 
 one all-reduce adds the sketches up; over automatic axes XLA's partitioner decides, and gives d numbers at a time.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -121,16 +122,60 @@ def test_explicit_axes(layout, sketch):
       assert rows[name].sharding.is_equivalent_to(jax.NamedSharding(mesh, P(None, *spec)), rows[name].ndim)
 
 
+@pytest.mark.parametrize("mesh_is_set", [True, False])
+@pytest.mark.parametrize("dim", [DIM, 128])  # at 128 no leaf's bucket sums fit into the sketch without being folded
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_automatic_axes(layout):
-  """No collective gives more than d numbers."""
-  specs, mesh = LAYOUTS[layout], mesh_of(AxisType.Auto)
-  tx = tracker(SKETCHES["count"])
-  with jax.set_mesh(mesh):
-    state = tx.init(place(STEPS[0], specs, mesh))
+def test_automatic_axes(layout, dim, mesh_is_set):
+  """No collective gives more than d numbers, and the state stays where it was."""
+  specs, mesh, sketch = LAYOUTS[layout], mesh_of(AxisType.Auto), sedjax.sketch.count(dim)
+  tx = tracker(sketch)
+  with jax.set_mesh(mesh) if mesh_is_set else contextlib.nullcontext():
+    state = jax.device_put(tx.init(place(STEPS[0], specs, mesh)), jax.NamedSharding(mesh, P()))
     reports, program, _ = run(lambda u, s: tx.update(u, s)[1], state, specs, mesh)
-  assert_same(reports, unsharded(SKETCHES["count"], False))
-  assert max((numbers for _, numbers in collectives_of(program)), default=0) <= DIM
+  assert_same(reports, unsharded(sketch, False))
+  assert max((numbers for _, numbers in collectives_of(program)), default=0) <= dim
+
+
+@pytest.mark.parametrize("spec", [P("x"), P("y", "x"), P(None, ("x", "y"))])
+def test_automatic_axes_that_do_not_divide_a_leaf(spec):
+  """Blocks of which the last is padded; the mesh is one that arguments do not tell."""
+  mesh, sketch = mesh_of(AxisType.Auto), sedjax.sketch.count(100)
+  tx = tracker(sketch)
+  steps = [{"odd": RNG.normal(size=(37, 131)).astype(np.float32)} for _ in range(4)]
+
+  def update(updates, state):
+    if spec is not None:
+      updates = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(2 * x, jax.NamedSharding(mesh, spec)), updates)
+    return tx.update(updates, state)[1]
+
+  state, wanted = tx.init(steps[0]), tx.init(steps[0])
+  for step in steps:
+    on_mesh = jax.device_put(step, jax.NamedSharding(mesh, P()))
+    state = jax.jit(update)(on_mesh, state)
+    _, wanted = tx.update(jax.tree.map(lambda x: 2 * x, step), wanted)
+  assert_same(jax.device_get(sedjax.get_reports(state)), jax.device_get(sedjax.get_reports(wanted)))
+  with jax.set_mesh(mesh):
+    state = tx.init(steps[0])
+    for step in steps:
+      state = jax.jit(update)(step, state)
+  assert_same(jax.device_get(sedjax.get_reports(state)), jax.device_get(sedjax.get_reports(wanted)))
+
+
+def test_vmapped_seeds_over_automatic_axes():
+  """Of leaves whose bucket sums do not fit into the sketch, too."""
+  mesh, sketch = mesh_of(AxisType.Auto), sedjax.sketch.count(128)
+  tx = tracker(sketch)
+  steps = [{name: np.stack([step[name], 2 * step[name]]) for name in ("up", "bias")} for step in STEPS]
+  state = jax.vmap(tx.init)(steps[0])
+  update = jax.jit(jax.vmap(lambda u, s: tx.update(u, s)[1]))
+  for step in steps:
+    state = update({n: jax.device_put(x, jax.NamedSharding(mesh, P(None, "x"))) for n, x in step.items()}, state)
+  reports = jax.device_get(sedjax.get_reports(state))
+  for seed in range(2):
+    alone = tx.init(jax.tree.map(lambda x: x[0], steps[0]))
+    for step in steps:
+      _, alone = tx.update(jax.tree.map(lambda x, seed=seed: x[seed], step), alone)
+    assert_same(jax.tree.map(lambda x, seed=seed: x[seed], reports), jax.device_get(sedjax.get_reports(alone)))
 
 
 @pytest.mark.parametrize(("sketch", "axis_name"), [("count", "names"), ("exact", "specs")])

@@ -39,12 +39,13 @@ def test_one_chip_reads_the_updates_once(compiled):
 @pytest.mark.tpu
 @pytest.mark.xdist_group("tpu")
 @pytest.mark.parametrize("kind", ["Explicit", "Auto"])
-def test_a_mesh_moves_the_sketch_only(compiled, kind):
+@pytest.mark.parametrize("tree", ["", ", wider than the sketch"])
+def test_a_mesh_moves_the_sketch_only(compiled, kind, tree):
   """On 2x4 chips no collective gives more than the sketch's 16,384 numbers; over explicit axes all give no more."""
-  cost = compiled[kind]
+  cost = compiled[kind + tree]
   assert cost["temporaries"] <= 4 * 2**20
   assert cost["largest_collective"] <= 16384
-  assert cost["broken"] == []
+  assert tree or cost["broken"] == []  # of a single leaf the report is a good part
   if kind == "Explicit":
     assert cost["all_collectives"] == 16384
 

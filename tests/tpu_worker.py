@@ -90,6 +90,10 @@ def main():
     mesh = topologies.make_mesh(topology, (2, 4), ("data", "model"))
     mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types)
     found[kind] = cost_of(abstract(lambda spec, mesh=mesh: jax.NamedSharding(mesh, spec)))
+    wide = {
+      "head": jax.ShapeDtypeStruct((768, 50304), jnp.float32, sharding=jax.NamedSharding(mesh, P("data", "model")))
+    }
+    found[f"{kind}, wider than the sketch"] = cost_of(wide)
   print(json.dumps(found))
 
 
