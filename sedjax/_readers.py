@@ -189,8 +189,10 @@ class ShardedReader(Reader):
     try:
       with _told_as("index of shards"):
         self._where = dict(json.loads(path.read_bytes())["weight_map"])
-        if not all(isinstance(shard, str) and pathlib.PurePath(shard).name == shard for shard in self._where.values()):
-          raise ReadError("its weight_map names files outside of its folder")
+        for shard in self._where.values():
+          own = isinstance(shard, str) and shard and pathlib.PurePath(shard).name == shard
+          if not own or shard.endswith(".json") or (path.parent / shard).is_dir():
+            raise ReadError(f"its weight_map names {shard!r}, which is no file of tensors in its folder")
       for name, shard in self._where.items():
         if shard not in self._shards:
           if not (path.parent / shard).exists():
@@ -381,6 +383,8 @@ class OrbaxReader(Reader):
       found: Any = self._handler.metadata(self._path)
       found = getattr(found, "item_metadata", found)
       self._tree: Any = getattr(found, "tree", found)
+      if self._tree is None:  # orbax logs why, and goes on
+        raise ReadError("it is a damaged orbax checkpoint, whose metadata cannot be read")
       inside = _model_key(self._tree, lambda value: hasattr(value, "shape"), anywhere=False)
       self.tensors, self._keys = {}, {}
       for names, value in _flatten(self._tree):

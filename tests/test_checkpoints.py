@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import types
 
@@ -572,38 +573,79 @@ def content_of(kind):
   return buffer.getvalue(), ".pt" if "torch" in kind else ".npz"
 
 
+def mangled(data, content):
+  """Some bytes changed, and the end cut off."""
+  found = bytearray(content)
+  for _ in range(data.draw(strategies.integers(0, 4))):
+    found[data.draw(strategies.integers(0, len(found) - 1))] = data.draw(strategies.integers(0, 255))
+  return found[: data.draw(strategies.integers(0, len(found)) | strategies.just(len(found)))]
+
+
+def error_of(path):
+  """What the reader says of a checkpoint, of which all tensors are read."""
+  try:
+    reader = _readers.open_checkpoint(path)
+  except _readers.ReadError as error:
+    return str(error)
+  try:
+    for name, info in reader.tensors.items():
+      if info.dtype is not None:
+        assert info.size < 10**6
+        reader.read(name, 0, np.empty(info.size, info.dtype))
+  except _readers.ReadError as error:
+    return str(error)
+  finally:
+    reader.close()
+  return None
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "npz", "compressed", "torch", "legacy torch"])
 def test_mangled_files_give_the_error_or_a_result(kind, tmp_path):
   content, suffix = content_of(kind)
-  path = tmp_path / f"mangled{suffix}"
-
-  messages = []
+  path, errors = tmp_path / f"mangled{suffix}", []
 
   @hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None)
   @hypothesis.given(strategies.data())
   def mangle(data):
-    mangled = bytearray(content)
-    for _ in range(data.draw(strategies.integers(0, 4))):
-      mangled[data.draw(strategies.integers(0, len(mangled) - 1))] = data.draw(strategies.integers(0, 255))
-    path.write_bytes(mangled[: data.draw(strategies.integers(0, len(mangled)) | strategies.just(len(mangled)))])
-    try:
-      reader = _readers.open_checkpoint(path)
-    except _readers.ReadError as error:
-      messages.append(str(error))
-      return
-    try:
-      for name, info in reader.tensors.items():
-        if info.dtype is not None:
-          assert info.size < 10**6
-          reader.read(name, 0, np.empty(info.size, info.dtype))
-    except _readers.ReadError:
-      pass
-    finally:
-      reader.close()
+    path.write_bytes(mangled(data, content))
+    errors.append(error_of(path))
 
   mangle()
-  assert messages
-  assert all(message and "\n" not in message for message in messages)
+  found = [error for error in errors if error is not None]
+  assert found
+  assert all(error and "\n" not in error for error in found)
+
+
+@pytest.mark.parametrize(("kind", "examples"), [("sharded", 200), ("orbax", 60)])
+def test_mangled_folders_give_the_error_or_a_result(kind, examples, tmp_path):
+  if kind == "orbax":
+    pytest.importorskip("orbax.checkpoint")
+  whole, errors = tmp_path / "whole", []
+  FORMATS[kind][0](whole, {"a/w": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(2, np.float32)})
+  files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.stat().st_size)
+  # An index has more ways to be wrong than what it tells of.
+  files += [path for path in files if path.suffix == ".json"] * 4
+
+  @hypothesis.settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+  @hypothesis.given(strategies.data())
+  def mangle(data):
+    path = tmp_path / "mangled"
+    shutil.copytree(whole, path)
+    file = data.draw(strategies.sampled_from(files))
+    (path / file).write_bytes(mangled(data, (whole / file).read_bytes()))
+    errors.append(error_of(path))
+    shutil.rmtree(path)
+
+  mangle()
+  found = [error for error in errors if error is not None]
+  assert found
+  assert all(error and "\n" not in error for error in found)
+
+
+@pytest.mark.parametrize("shard", ["a\0b", "../a.safetensors", "model.safetensors.index.json", "\ud800", "", 3, None])
+def test_an_index_of_nonsense(tmp_path, shard):
+  (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
+  assert re.search("weight_map|shard|index", error_of(tmp_path))
 
 
 @pytest.mark.parametrize(
