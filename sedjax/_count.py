@@ -467,10 +467,15 @@ def _may_be_split(x: jax.Array) -> bool:
   return jax.device_count() > 1 or _mesh(x).size > 1
 
 
+def _is_automatic(mesh: Any) -> bool:
+  """Whether all axes of a mesh, if any, are left to the partitioner."""
+  return all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
 def _gathered(vector: jax.Array) -> jax.Array:
   """Asks for a vector on every device of a mesh of automatic axes, where its pieces would be sent around one by one."""
   mesh = _mesh(vector)
-  if mesh.empty or any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
+  if mesh.empty or not _is_automatic(mesh):
     return vector
   return lax.with_sharding_constraint(vector, jax.NamedSharding(mesh, jax.P()))
 
@@ -536,7 +541,7 @@ def _indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> tu
   if piece.start is None:
     # Partitioners sum what each contraction gives: no more than dim numbers, where a leaf is no wider.
     most = max(1, dim // plan.columns)
-    if plan.buckets * plan.columns > dim and _may_be_split(piece.array):
+    if plan.buckets * plan.columns > dim and _may_be_split(piece.array) and _is_automatic(_mesh(piece.array)):
 
       def plain(array: jax.Array, grid: Any) -> jax.Array:
         return _folded(_bucket_sums(piece._replace(array=array), plan, most, part, grid).reshape(-1), dim)

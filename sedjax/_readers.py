@@ -192,7 +192,9 @@ class ShardedReader(Reader):
         for shard in self._where.values():
           own = isinstance(shard, str) and shard and pathlib.PurePath(shard).name == shard
           if not own or shard.endswith(".json") or (path.parent / shard).is_dir():
-            raise ReadError(f"its weight_map names {shard!r}, which lies outside of its folder or is no file of tensors")
+            raise ReadError(
+              f"its weight_map names {shard!r}, which lies outside of its folder or is no file of tensors"
+            )
       for name, shard in self._where.items():
         if shard not in self._shards:
           if not (path.parent / shard).exists():
