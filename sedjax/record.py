@@ -17,6 +17,7 @@ import json
 import operator
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,6 +230,9 @@ class Recorder:
 
     Raises:
       RuntimeError: something could not be written. What was written before stays readable, in the journal.
+
+    Warns:
+      RuntimeWarning: series or events were recorded, but never a row, so that there is no record to keep them.
     """
     if self._closed:
       return
@@ -239,6 +243,9 @@ class Recorder:
     try:
       if self._error is None:
         self._finish()
+        if self._held:
+          message = f"sedjax.record: {self.path} was not made: {len(self._held)} calls of log and event, but no append."
+          warnings.warn(message, RuntimeWarning, stacklevel=2)
     finally:
       self._journal.close()
       for sink in self._sinks:

@@ -545,6 +545,15 @@ def test_newer_version(tmp_path, monkeypatch, finished):
       use(path)
 
 
+def test_series_without_a_row_are_told(tmp_path):
+  recorder = recorder_of(tmp_path / "run.nc")
+  recorder.log(1, loss=1.0)
+  recorder.event(2, "began")
+  with pytest.warns(RuntimeWarning, match=r"run\.nc was not made: 2 calls of log and event, but no append"):
+    recorder.close()
+  assert not os.listdir(tmp_path)
+
+
 def test_steps_ascend(tmp_path):
   with recorder_of(tmp_path / "run.nc") as recorder:
     recorder.append(3, report_of(3))
