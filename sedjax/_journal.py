@@ -114,20 +114,20 @@ def _frame_at(fd: int, at: int, limit: int, *, whole: bool) -> Frame | None:
   first, end, covered = at + _HEAD.size, at + _HEAD.size + length, length
   if end > limit:
     return None
-  values = None
   if kind == ROW:
     if length < _ROW.size:
       return None
-    _, values, fields = _ROW.unpack_from(start, _HEAD.size)
-    covered = _ROW.size + 4 * fields
+    covered = _ROW.size + 4 * _ROW.unpack_from(start, _HEAD.size)[2]
   if covered > length:
     return None
   known = start[_HEAD.size : _HEAD.size + covered]
   payload = known if len(known) == covered else known + read_bytes(fd, first + len(known), covered - len(known))
   if zlib.crc32(payload, zlib.crc32(kind)) != check:
     return None
-  if whole and kind == ROW and zlib.crc32(read_bytes(fd, first + covered, length - covered)) != values:
-    return None
+  if whole and kind == ROW:
+    values = read_bytes(fd, first + covered, length - covered)
+    if zlib.crc32(values) != _ROW.unpack_from(payload)[1]:
+      return None
   return Frame(kind, payload, at, end)
 
 

@@ -268,8 +268,8 @@ def write_new(path: Path, record: xr.Dataset) -> None:
 
 
 def _extend(file: Any, parts: Parts, rows: Rows) -> None:
-  total = parts.keep + len(rows)
-  file.resize_dimension("step", total)
+  """Makes room for the rows, and writes all but their fields."""
+  file.resize_dimension("step", parts.keep + len(rows))
   if len(rows):
     file["step"][parts.keep :] = rows.steps
   for name, variable in _added_variables(parts).items():

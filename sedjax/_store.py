@@ -75,6 +75,7 @@ class Store:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
+  """Turns whatever is raised while a path is written into a CheckpointError."""
   try:
     yield
   except CheckpointError:
@@ -104,6 +105,7 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
 
 
 def write_record(record: xr.Dataset, out: Path) -> None:
+  """Writes the record's file, old or new and never in between."""
   from sedjax import _netcdf
 
   path = pathlib.Path(out)
@@ -118,6 +120,7 @@ def write_record(record: xr.Dataset, out: Path) -> None:
 
 
 def identity_of(series: list[Entry], selection: Selection, all_files: bool) -> str:
+  """What two analyses have to share for one to go on where the other ended; exact ones the files, too."""
   config = selection.config
   facts = {
     "windows": config.windows,

@@ -301,11 +301,12 @@ class Recorder:
 
   def _problem(self, new: Mapping[str, int | list[Any] | None]) -> str | None:
     """How a layout, or the length of an axis of it, differs from that of the record to be continued."""
-    layout = self._layout or new
+    if self._layout is None:
+      return None
     for name, value in new.items():
-      old: Any = layout[name]
+      old: Any = self._layout[name]
       if isinstance(value, int):
-        old = len(old) if self._layout else value
+        old = len(old)
       elif name == "sketch_id" and old and value:  # whose last number, of the leaves, is known from states alone
         old, value = old[: len(value)], value[: len(old)]
       if old != value:
