@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sedjax import _count
 from sedjax._compile import COMPILERS, ROW_OPTIONS, known
-from sedjax._count import WIDE, Hashes, Piece
+from sedjax._count import WIDE, Hashes, Piece, row_signs
 from sedjax._selection import Leaf, Selection, aligned
+from sedjax._strided import chunk_sums
 from sedjax.sketch import Count, as_real
 
 _PLAIN = 2**18  # numbers of tensors that NumPy sketches, in less time than it takes to compile for them
@@ -50,7 +50,7 @@ def _compiled_chunk(rows: int, columns: int, dtype: np.dtype, per_bucket: int) -
 
   def program() -> Any:
     with jax.enable_x64(True):
-      function = functools.partial(_count.chunk_sums, per_bucket=per_bucket)
+      function = functools.partial(chunk_sums, per_bucket=per_bucket)
       call = jax.jit(function, compiler_options=known(**ROW_OPTIONS))
       # A call, since what `compile` returns takes ten times as long to be called as a jitted function.
       x = aligned(rows * columns, dtype).reshape(rows, columns)
@@ -178,4 +178,4 @@ def _hashes(sketch: Any, path: str, shape: tuple[int, ...]) -> Hashes:
 
 @functools.lru_cache(maxsize=1024)
 def _signs(sketch: Any, path: str, shape: tuple[int, ...], start: int) -> np.ndarray:
-  return _count.row_signs(sketch.hashes(path, shape), start, shape[0])
+  return row_signs(sketch.hashes(path, shape), start, shape[0])

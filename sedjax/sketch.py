@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from sedjax._count import (
   WIDE,
   Hashes,
   Piece,
   Plan,
-  count_rows,
   hashes_of,
   index_hash,
   mix,
@@ -28,7 +28,10 @@ from sedjax._count import (
   part_of,
   path_key,
   plan_of,
+  sum_dtype,
 )
+from sedjax._indexed import gathered, indexed_term, may_be_split, sum_terms
+from sedjax._strided import strided_rows
 
 _VERSION = 2
 
@@ -70,13 +73,50 @@ class _Sketch:
     return self.rows(pieces, [0] * len(pieces), 1)[0]
 
 
+def _count_rows(
+  pieces: Sequence[Piece],
+  groups: Sequence[int],
+  labels: int,
+  dim: int,
+  seed: int,
+  part: int | None = None,
+  grid: Any = None,
+) -> list[jax.Array]:
+  """float32[dim] (float64 where `part` is WIDE) for each label: the sketches of its leaves or blocks, summed.
+
+  Args:
+    pieces: real leaves or blocks, none of them empty.
+    groups: by piece, index of its label.
+    labels: how many labels there are.
+    dim, seed: of the sketch.
+    part, grid: see `part_of`.
+  """
+  grid = jnp.float32(1) if grid is None else grid
+
+  def strided(arrays: list[jax.Array], grid: Any) -> list[jax.Array]:
+    placed = [piece._replace(array=array) for piece, array in zip(pieces, arrays, strict=True)]
+    return strided_rows(placed, groups, labels, dim, seed, part, grid)
+
+  def indexed(arrays: list[jax.Array], grid: Any) -> list[jax.Array]:
+    terms: list[list[tuple[int, jax.Array]]] = [[] for _ in range(labels)]
+    for piece, group, array in zip(pieces, groups, arrays, strict=True):
+      terms[group].append(indexed_term(piece._replace(array=array), dim, seed, part, grid))
+    rows = [sum_terms(some, dim) if some else jnp.zeros((dim,), sum_dtype(part)) for some in terms]
+    return lax.optimization_barrier([gathered(row) for row in rows])
+
+  arrays = [piece.array for piece in pieces]
+  if any(piece.start is not None or may_be_split(piece.array) for piece in pieces):
+    return indexed(arrays, grid)
+  return lax.platform_dependent(arrays, grid, cpu=strided, cuda=strided, default=indexed)
+
+
 class Count(_Sketch):
   """See `count`."""
 
   def rows(
     self, pieces: Sequence[Piece], groups: Sequence[int], labels: int, part: int | None = None, grid: Any = None
   ) -> list[jax.Array]:
-    return count_rows(pieces, groups, labels, self.dim, self.seed, part, grid)
+    return _count_rows(pieces, groups, labels, self.dim, self.seed, part, grid)
 
   def offset(self, path: str) -> int:
     return offset_of(path, self.dim, self.seed)

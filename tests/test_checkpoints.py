@@ -19,7 +19,19 @@ import pytest
 from hypothesis import strategies
 
 import sedjax
-from sedjax import _ahead, _analyze_cli, _compile, _count, _leaves, _readers, _selection, _store, _streams, checkpoints
+from sedjax import (
+  _ahead,
+  _analyze_cli,
+  _compile,
+  _count,
+  _leaves,
+  _readers,
+  _selection,
+  _store,
+  _streams,
+  _strided,
+  checkpoints,
+)
 from sedjax._null import row_covariance
 from sedjax.record import Recorder, open_record, to_dataset
 
@@ -677,7 +689,7 @@ def test_sketches_of_parts_are_those_of_the_whole(shape, dtype, plain, monkeypat
     piece = _count.Piece("", jnp.asarray(x), hashes=sketch.hashes(path, shape))
     for whole in (
       sketch.rows([piece], [0], 1, _count.WIDE)[0],
-      _count._strided_rows([piece], [0], 1, dim, 2, _count.WIDE, None)[0],
+      _strided.strided_rows([piece], [0], 1, dim, 2, _count.WIDE, None)[0],
     ):
       assert whole.dtype == np.float64
       np.testing.assert_allclose(row, np.roll(whole, sketch.offset(path)), rtol=1e-12, atol=1e-12)

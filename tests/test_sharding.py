@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType
 
 import sedjax
-from sedjax import _count, _placement
+from sedjax import _indexed, _placement
 from sedjax._cost import collectives_of
 
 P = jax.P
@@ -204,7 +204,7 @@ def test_groups_move_a_sketch_each():
 
 def test_large_blocks_are_sketched_in_parts(monkeypatch):
   """On CPU a block is signed a part at a time, whatever its size, to the same numbers."""
-  monkeypatch.setattr(_count, "_CHUNK", 2000)
+  monkeypatch.setattr(_indexed, "_CHUNK", 2000)
   specs, mesh = LAYOUTS["both"], mesh_of(AxisType.Auto)
   tx = tracker(SKETCHES["count"], axis_name=("x", "y"))
   state = tx.init(STEPS[0])

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 import sedjax
-from sedjax._count import Piece, _indexed_term, _strided_rows, _sum_terms
+from sedjax import _count, _indexed, _strided
+from sedjax._count import Piece
+from sedjax._indexed import indexed_term, sum_terms
+from sedjax._strided import strided_rows
 
 
 def scalar_definition(path, x, dim, seed, start=None, shape=None):
@@ -118,12 +121,12 @@ def test_golden_values_of_count(case, checksum):
 
 def strided(path, x, dim):
   """The form of one CPU or GPU."""
-  return _strided_rows([Piece(path, x)], [0], 1, dim, 0, None, jnp.float32(1))[0]
+  return strided_rows([Piece(path, x)], [0], 1, dim, 0, None, jnp.float32(1))[0]
 
 
 def indexed(pieces, dim):
   """The form of TPUs and of shards."""
-  return _sum_terms([_indexed_term(piece, dim, 0, None, jnp.float32(1)) for piece in pieces], dim)
+  return sum_terms([indexed_term(piece, dim, 0, None, jnp.float32(1)) for piece in pieces], dim)
 
 
 def blocks(path, x, axes):
@@ -167,10 +170,8 @@ def test_all_forms_of_count_agree_bit_for_bit(shape, dim):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_all_forms_of_count_agree_when_they_work_in_small_parts(shape, monkeypatch):
   """As they do for large leaves: in chunks, with hashes made at run time, and after earlier work; and from bfloat16."""
-  import sedjax._count as module
-
-  small = {"_CHUNK": 500, "_TABLE": 16, "_ALIVE": 1000}
-  for name, value in small.items():
+  small = [(_indexed, "_CHUNK", 500), (_count, "TABLE", 16), (_strided, "TABLE", 16), (_strided, "_ALIVE", 1000)]
+  for module, name, value in small:
     assert getattr(module, name) >= 2**18
     monkeypatch.setattr(module, name, value if math.prod(shape) < 10**5 else 64 * value)
   x = integers(shape)

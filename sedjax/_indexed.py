@@ -1,0 +1,195 @@
+"""The indexed form of the count sketch: leaves and blocks, wherever partitioners put them. See `_count`."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+
+from sedjax import _placement
+from sedjax._count import HASH_ROWS, Piece, Plan, flip, folded_sum, index_hash, mix, part_of, plan_of
+
+# On CPU: numbers of a block that are signed at a time, since CPU contractions store their operands.
+_CHUNK = 2**20
+
+
+def _bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: Any) -> jax.Array:
+  """float32[g, n]: bucket sums of a leaf or block; one contraction gives at most `most` of the g."""
+  row = piece.row_index()
+  keys, columns = index_hash(row >> 5, ~plan.key), index_hash(piece.column_index(), plan.key)
+  shift = np.uint32(31) - row % np.uint32(HASH_ROWS)
+  bucket = row // np.uint32(plan.per_bucket) % np.uint32(plan.buckets)
+  hashes = keys, columns, shift, bucket
+  return _hashed_bucket_sums(piece.array, hashes, grid, buckets=plan.buckets, most=most, part=part)
+
+
+@functools.partial(jax.jit, static_argnames=("buckets", "most", "part"))  # leaves of one shape are traced once
+def _hashed_bucket_sums(
+  x: jax.Array, hashes: tuple[Any, ...], grid: Any, *, buckets: int, most: int, part: int | None
+) -> jax.Array:
+  keys, columns, shift, bucket = hashes
+  signed = flip(part_of(x, part, grid), mix(keys[..., None] ^ columns) << shift[..., None])
+  leading = tuple(range(x.ndim - 1))
+  if buckets == 1:
+    return signed.sum(leading)[None]
+  sums = []
+  for first in range(0, buckets, most):
+    wanted = np.arange(first, min(first + most, buckets), dtype=np.uint32)
+    one_hot = (bucket[..., None] == wanted).astype(signed.dtype)
+    sums.append(lax.dot_general(one_hot, signed, ((leading, leading), ((), ())), lax.Precision.HIGHEST))
+  return jnp.concatenate(sums)
+
+
+def _chunked_bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: Any) -> jax.Array:
+  """`_bucket_sums` by parts of the first axis, for CPU, whose contractions store their operands."""
+  x, start = piece.array, piece.start or (0,)
+  size = max(1, _CHUNK * x.shape[0] // x.size) if x.ndim > 1 else x.shape[0]
+  whole = x.shape[0] // size
+
+  def sums(first: Any, count: int) -> jax.Array:
+    array = lax.dynamic_slice_in_dim(x, first, count)
+    chunk = piece._replace(array=array, start=(start[0] + jnp.asarray(first, jnp.uint32), *start[1:]))
+    return _bucket_sums(chunk, plan, most, part, grid)
+
+  if whole <= 1:
+    return _bucket_sums(piece, plan, most, part, grid)
+  total = sums(whole * size, x.shape[0] - whole * size) if x.shape[0] % size else jnp.zeros(())
+  shape = (plan.buckets, x.shape[-1])
+  return lax.fori_loop(0, whole, lambda i, total: total + sums(i * size, size), jnp.broadcast_to(total, shape))
+
+
+def _mesh(x: jax.Array) -> Any:
+  """The abstract mesh that an array lies on, as far as that is known while tracing; else an empty one."""
+  return getattr(jax.typeof(x).sharding, "mesh", jax.sharding.AbstractMesh((), ()))
+
+
+def may_be_split(x: jax.Array) -> bool:
+  """Whether an array may be sharded; older contexts of a mesh do not show while tracing."""
+  return jax.device_count() > 1 or _mesh(x).size > 1
+
+
+def _is_automatic(mesh: Any) -> bool:
+  """Whether all axes of a mesh, if any, are left to the partitioner."""
+  return all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
+def gathered(vector: jax.Array) -> jax.Array:
+  """Asks for a vector on every device of a mesh of automatic axes, where its pieces would be sent around one by one."""
+  mesh = _mesh(vector)
+  if mesh.empty or not _is_automatic(mesh):
+    return vector
+  return lax.with_sharding_constraint(vector, jax.NamedSharding(mesh, jax.P()))
+
+
+def _placed_sums(piece: Piece, plan: Plan, sums: jax.Array) -> jax.Array:
+  """float32[g, columns of the leaf]: bucket sums of a block, and zeros beside them."""
+  if piece.start is None or sums.shape[1] == plan.columns:
+    return sums
+  at = jnp.asarray(piece.start[-1], jnp.int32)
+  width = -(-plan.columns // sums.shape[1]) * sums.shape[1]  # a last block that is padded reaches beyond the leaf
+  row = lax.dynamic_update_slice_in_dim(jnp.zeros((plan.buckets, width), sums.dtype), sums, at, 1)
+  return row[:, : plan.columns]
+
+
+def _folding_rule(piece: Piece, plan: Plan, dim: int, part: Any) -> Callable[..., jax.Array]:
+  """A function of a leaf and `grid` that gives what the leaf adds, float32[dim], for bucket sums of more numbers.
+
+  Partitioners would send all of them between devices, and then fold them. So it brings a rule of its own, by which each
+  device folds those of its block. Such rules know no vmap, which does without, and no export; nor does libtpu.
+  """
+
+  def folded(x: jax.Array, grid: Any, start: tuple[Any, ...]) -> jax.Array:
+    block = piece._replace(array=x, start=start)
+    sums = _bucket_sums(block, plan, plan.buckets, part, grid)
+    return folded_sum(_placed_sums(block, plan, sums).reshape(-1), dim)
+
+  def whole(x: jax.Array, grid: Any) -> jax.Array:
+    return folded(x, grid, (0,) * x.ndim)
+
+  def partition(mesh: Any, args: Any, result: Any) -> Any:
+    del result
+    if not isinstance(args[0].sharding, jax.NamedSharding):  # of a mesh without names, where all arguments were on none
+      mesh = jax.sharding.Mesh(np.asarray(sorted(args[0].sharding.device_set, key=lambda one: one.id)), ("devices",))
+      everywhere = jax.NamedSharding(mesh, jax.P())
+      return mesh, whole, everywhere, (everywhere, everywhere)
+    spec = _placement.normalised(args[0].sharding.spec, len(piece.shape))
+
+    def local(x: jax.Array, grid: Any) -> jax.Array:
+      start = _placement.block_start(x.shape, spec)
+      for axis, (first, size) in enumerate(zip(start, piece.shape, strict=True)):
+        if x.shape[axis] * math.prod(mesh.shape[name] for name in spec[axis]) > size:  # the last block is padded
+          x = jnp.where(lax.broadcasted_iota(jnp.uint32, x.shape, axis) < np.uint32(size) - first, x, 0)
+      return _placement.psum(folded(x, grid, start), [name for names in spec for name in names])
+
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    return mesh, local, everywhere, (args[0].sharding, everywhere)
+
+  def without(size: int, batched: Any, *args: Any) -> Any:
+    return jax.vmap(whole, [0 if each else None for each in batched], axis_size=size)(*args), True
+
+  rule = custom_partitioning(whole)
+  axes = " ".join(f"i{axis}" for axis in range(len(piece.shape)))
+  rule.def_partition(partition, lambda mesh, *_: jax.NamedSharding(mesh, jax.P()), sharding_rule=f"{axes}, -> d")
+  by_hand = jax.custom_batching.custom_vmap(rule)
+  by_hand.def_vmap(without)
+  return by_hand
+
+
+def indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> tuple[int, jax.Array]:
+  """A place in the sketch, and what a leaf or block adds from there on."""
+  piece = piece.placed()
+  plan = plan_of(piece.path, piece.hashes, piece.shape, dim, seed)
+  if piece.start is None:
+    # Partitioners sum what each contraction gives: no more than dim numbers, where a leaf is no wider.
+    most = max(1, dim // plan.columns)
+    if plan.buckets * plan.columns > dim and may_be_split(piece.array) and _is_automatic(_mesh(piece.array)):
+
+      def plain(array: jax.Array, grid: Any) -> jax.Array:
+        return folded_sum(_bucket_sums(piece._replace(array=array), plan, most, part, grid).reshape(-1), dim)
+
+      rule = _folding_rule(piece, plan, dim, part)
+      array = lax.stop_gradient(piece.array)
+      return plan.offset, lax.platform_dependent(array, jnp.asarray(grid), cpu=rule, cuda=rule, default=plain)
+    if plan.rows == 1:
+      piece = piece._replace(array=gathered(piece.array))
+    sums = _bucket_sums(piece, plan, most, part, grid)
+  else:
+
+    def chunked(array: jax.Array, start: Any, grid: Any) -> jax.Array:
+      return _chunked_bucket_sums(piece._replace(array=array, start=start), plan, plan.buckets, part, grid)
+
+    def direct(array: jax.Array, start: Any, grid: Any) -> jax.Array:
+      return _bucket_sums(piece._replace(array=array, start=start), plan, plan.buckets, part, grid)
+
+    sums = lax.platform_dependent(piece.array, piece.start, grid, cpu=chunked, default=direct)
+  return plan.offset, _placed_sums(piece, plan, sums).reshape(-1)
+
+
+def sum_terms(terms: list[tuple[int, jax.Array]], dim: int) -> jax.Array:
+  """float32[dim]: the sum of terms that begin at given places and go around the end as often as need be."""
+  laps = max(-(-(at + term.size) // dim) for at, term in terms)
+  # Small terms that do not overlap share an array, so that each does not cost a whole one.
+  layers: list[list[tuple[int, jax.Array]]] = []
+  for at, term in sorted(terms, key=lambda term: term[0]):
+    fits = (layer for layer in layers if layer[-1][0] + layer[-1][1].size <= at)
+    layer = next(fits, None) if 4 * term.size < dim else None
+    if layer is None:
+      layers.append([(at, term)])
+    else:
+      layer.append((at, term))
+  dtype = terms[0][1].dtype
+  total = jnp.zeros((laps * dim,), dtype)
+  for layer in layers:
+    parts, first, end = [], layer[0][0], layer[0][0]
+    for at, term in layer:
+      parts += [jnp.zeros((at - end,), dtype), term] if at > end else [term]
+      end = at + term.size
+    total = total + lax.pad(jnp.concatenate(parts), dtype.type(0), ((first, laps * dim - end, 0),))
+  return functools.reduce(jnp.add, (lax.slice(total, (lap * dim,), ((lap + 1) * dim,)) for lap in range(laps)))

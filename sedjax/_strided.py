@@ -1,0 +1,201 @@
+"""The strided form of the count sketch: whole leaves on one device, some rows at a time. See `_count`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sedjax._count import (
+  HASH_ROWS,
+  SIGN,
+  TABLE,
+  WIDE,
+  Piece,
+  flip,
+  folded_sum,
+  index_hash,
+  indices,
+  mix,
+  part_of,
+  plan_of,
+  shared_zero_of,
+  sum_dtype,
+  zero_of,
+)
+
+# Rows summed by one kernel. 16 streams are as many as prefetchers follow, and code for 16 compiles fast.
+_STRIDE = 16
+# Partial sums alive at a time (4 MiB), since XLA's CPU scheduler would start all leaves at once.
+_ALIVE = 2**20
+
+
+@functools.partial(jax.jit, static_argnames=("row", "count", "stride", "part"))  # leaves of one shape are traced once
+def _strided_sums(
+  x: Any, keys: Any, columns: Any, grid: Any, *, row: int, count: int, stride: int, part: int | None
+) -> jax.Array:
+  """float32[count, n]: sums of `stride` signed rows each, from `row` on, a multiple of 32; `keys` are of all rows."""
+  first, last = row // HASH_ROWS, -(-(row + count * stride) // HASH_ROWS)
+  keys = jnp.broadcast_to(lax.slice(keys, (first,), (last,))[:, None], (last - first, HASH_ROWS // stride))
+  keys = keys.reshape(-1)[:count]
+  shift = np.uint32(32 - stride) - lax.iota(jnp.uint32, count) * np.uint32(stride) % HASH_ROWS
+  bits = mix(keys[:, None] ^ columns[None, :]) << shift[:, None]
+  # The first row's sign is taken out of the sum: XLA hands sums that end in an addition to a library, which would
+  # have every signed row stored.
+  sign = bits << np.uint32(stride - 1)
+  bits = jnp.where(sign >= SIGN, ~bits, bits)
+  # Shifted by one at a time, which takes the fewest operations to compile.
+  shifted, one = [bits], jnp.full(bits.shape, np.uint32(1))
+  for _ in range(stride - 1):
+    shifted.append(lax.shift_left(shifted[-1], one))
+  sums: list[Any] = [None] * min(4, stride)  # shorter chains of dependent additions
+  for i in range(stride):
+    each = lax.slice(x, (row + i, 0), (row + i + stride * (count - 1) + 1, x.shape[1]), (stride, 1))
+    # Signs first: what is done to all slices alike XLA would rather do to the whole leaf, which is then stored.
+    each = part_of(flip(each, shifted[stride - 1 - i]) if i else each, part, grid)
+    sums[i % 4] = each if sums[i % 4] is None else sums[i % 4] + each
+  return flip(functools.reduce(jnp.add, sums), sign)
+
+
+def _stride(x: jax.Array, per_bucket: int, part: int | None) -> int:
+  """How many rows one kernel sums."""
+  # XLA repeats what is done to every slice in the kernel up to 15 times; more often, it would store the whole leaf.
+  return min(_STRIDE if part in (None, WIDE) and x.dtype == jnp.float32 else _STRIDE // 2, per_bucket)
+
+
+def chunk_sums(x: jax.Array, keys: Any, columns: Any, *, per_bucket: int) -> jax.Array:
+  """float64[m / per_bucket, n]: sums of the signed rows of each bucket, of the rows [m, n] of a leaf that have `keys`.
+
+  It has to be called where float64 is enabled; m is a multiple of 32, and so is the number of rows before.
+  """
+  stride = _stride(x, per_bucket, WIDE)
+
+  def sums() -> list[jax.Array]:
+    count = x.shape[0] // stride
+    return [_strided_sums(x, keys, columns, jnp.float32(1), row=0, count=count, stride=stride, part=WIDE)]
+
+  found = _branch(_apart(zero_of(x[0, 0].astype(jnp.float32))), sums)[0]
+  return found.reshape(-1, per_bucket // stride, x.shape[1]).sum(1) if stride < per_bucket else found
+
+
+@functools.partial(jax.jit, static_argnames="part")
+def _signed(x: jax.Array, bits: Any, grid: Any, *, part: int | None) -> jax.Array:
+  return flip(part_of(x, part, grid), bits)
+
+
+def _last_rows(x: jax.Array, row: int, keys: Any, columns: Any, part: Any, grid: Any) -> jax.Array:
+  """float32[1, n]: the sum of fewer than 32 rows that share a hash, from `row` to the end."""
+  shift = np.arange(row, x.shape[0], dtype=np.uint32) % np.uint32(HASH_ROWS)
+  bits = mix(keys[row // HASH_ROWS] ^ columns)[None, :] << (np.uint32(31) - shift)[:, None]
+  return flip(part_of(x[row:], part, grid), bits).sum(0, keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnames=("parts", "buckets"))
+def _added(row: jax.Array, sums: jax.Array, place: Any, *, parts: int, buckets: int) -> jax.Array:
+  """`row`, in two laps, with the sums of a `_Term` added."""
+  if parts > 1:
+    sums = sums.reshape(-1, parts, sums.shape[1]).sum(1)
+  flat = folded_sum(folded_sum(sums.reshape(-1), buckets * sums.shape[1]), row.size // 2)
+  return lax.dynamic_update_slice(row, lax.dynamic_slice(row, (place,), flat.shape) + flat, (place,))
+
+
+class _Term(NamedTuple):
+  """Something to be added to a row."""
+
+  sums: Callable[[Any], jax.Array]  # of a uint32[] 0; its result [m, n] is stored before it is added, or is small
+  alive: int  # how many numbers are stored then; 0 where it is small
+  group: int
+  place: Any  # in the row, below its length
+  parts: int  # rows of `sums` that make one bucket
+  buckets: int  # after which `sums` begins anew at `place`
+
+
+def _strided_terms(piece: Piece, group: int, dim: int, seed: int, part: Any, grid: Any) -> Iterator[_Term]:
+  plan = plan_of(piece.path, piece.hashes, piece.array.shape, dim, seed)
+  if piece.hashes is None:
+    columns = index_hash(indices(plan.columns), plan.key)
+    keys = index_hash(indices(-(-plan.rows // HASH_ROWS)), ~plan.key)
+  else:
+    columns, keys = piece.hashes.columns, piece.hashes.rows
+  x = piece.array.reshape(plan.rows, plan.columns)
+  term = functools.partial(_Term, group=group, place=plan.offset, parts=1, buckets=plan.buckets)
+  if plan.per_bucket == 1 and x.size <= TABLE:  # no sums to make; signs as a constant cost less than hashes
+    row = np.arange(plan.rows, dtype=np.uint32)
+    bits = mix(keys[row // HASH_ROWS][:, None] ^ columns) << (np.uint32(31) - row % np.uint32(HASH_ROWS))[:, None]
+    yield term(lambda _: _signed(x, bits & SIGN, grid, part=part), 0)
+    return
+  stride = _stride(x, plan.per_bucket, part)
+  whole = plan.rows // plan.per_bucket
+  most = max(1, _ALIVE * _STRIDE // (plan.per_bucket * plan.buckets * plan.columns)) * plan.buckets
+  parts = plan.per_bucket // stride
+
+  def strided_sums(zero: Any, row: int, count: int) -> jax.Array:
+    return _strided_sums(x, keys ^ zero, columns, grid, row=row, count=count, stride=stride, part=part)
+
+  for done in range(0, whole, most):
+    count = parts * min(most, whole - done)
+    sums = functools.partial(strided_sums, row=done * plan.per_bucket, count=count)
+    yield term(sums, 2 * count * plan.columns, parts=parts)
+  if whole * plan.per_bucket < plan.rows:
+    place = (plan.offset + whole % plan.buckets * plan.columns) % dim
+    yield term(lambda _: _last_rows(x, whole * plan.per_bucket, keys, columns, part, grid), 0, place=place)
+
+
+def _branch(condition: Any, results: Callable[[], list[Any]]) -> list[Any]:
+  """The results, where the condition is true."""
+  shapes = jax.eval_shape(results)
+  return lax.cond(condition, results, lambda: [jnp.zeros(x.shape, x.dtype) for x in shapes]) if shapes else []
+
+
+def _apart(zero: jax.Array) -> jax.Array:
+  """bool[]: true, as XLA cannot know on CPU, where what a `_branch` gives is then stored.
+
+  On GPU, whose host would wait for the condition, it is known, and branches are left out at once.
+  """
+  return lax.platform_dependent(zero, cpu=lambda zero: zero == 0, default=lambda _: jnp.bool_(True))
+
+
+def _waves(terms: list[_Term]) -> list[list[_Term]]:
+  """The terms in order, in lots that may be alive together."""
+  waves: list[list[_Term]] = [[]]
+  alive = 0
+  for term in terms:
+    if waves[-1] and alive + term.alive > _ALIVE:
+      waves.append([])
+      alive = 0
+    waves[-1].append(term)
+    alive += term.alive
+  return waves
+
+
+def strided_rows(
+  pieces: Sequence[Piece], groups: Sequence[int], labels: int, dim: int, seed: int, part: Any, grid: Any
+) -> list[jax.Array]:
+  """`count_rows` of whole leaves."""
+  terms = [
+    term
+    for piece, group in zip(pieces, groups, strict=True)
+    for term in _strided_terms(piece, group, dim, seed, part, grid)
+  ]
+  some = pieces[0].array if pieces else grid
+  zero = shared_zero_of(some[(0,) * some.ndim].astype(jnp.float32))
+  # XLA's CPU compiler would make sums where they are used, index by index of a flat array; and where it knew the place
+  # it would write a new row, instead of a part of the old one.
+  apart = _apart(zero)
+  places = _branch(apart, lambda: [np.int32(term.place) for term in terms])
+  terms = [term._replace(place=place) for term, place in zip(terms, places, strict=True)]
+  rows = [jnp.zeros((2 * dim,), sum_dtype(part)) for _ in range(labels)]  # whatever is added lies in one piece
+  wait: Any = np.uint32(0)
+  for wave in _waves(terms):
+    last = rows[0]
+    stored = iter(_branch(apart, lambda wave=wave, wait=wait: [term.sums(wait) for term in wave if term.alive]))
+    for term in wave:
+      sums = next(stored) if term.alive else term.sums(wait)
+      rows[term.group] = last = _added(rows[term.group], sums, term.place, parts=term.parts, buckets=term.buckets)
+    wait = shared_zero_of(last.astype(jnp.float32))
+  return [row[:dim] + row[dim:] for row in rows]
