@@ -175,7 +175,7 @@ def _carry_parts(old: Parts, new: Parts, old_sizes: tuple[int, ...], new_sizes: 
 def _carry_history(old: Parts, new: Parts, i: int, j: int) -> Any:
   """The newest of the old reports, each in the place that its number has in the new ring."""
   old_ring, new_ring = old.history[j], new.history[i]
-  old_length, length = old_ring.count.shape[0], new_ring.count.shape[0]
+  old_length, length = old_ring.ints.shape[0], new_ring.ints.shape[0]
   place = jnp.arange(length, dtype=jnp.int32)
   age = (old.pushed - 1 - place) % length  # how many reports ago the one in this place was made
   number = old.pushed - 1 - age

@@ -168,7 +168,8 @@ def sketch_column(
     rows = jnp.concatenate([rows.sum(1, keepdims=True), rows], 1)
     row = jnp.concatenate([row.sum(0, keepdims=True), row])
   scale = _gram.power_of_two(jnp.max(jnp.abs(row), -1, initial=0))
-  scales = scales.at[:, slot].set(scale)
+  here = jnp.arange(config.slots, dtype=jnp.int32) == slot
+  scales = jnp.where(here, scale[:, None], scales)
   new = row / jnp.where(scale > 0, scale, 1)[:, None]
   squares = new * new
   energy = squares.sum(-1)
@@ -180,7 +181,7 @@ def sketch_column(
   shift = jnp.where(top > np.float32(2.0**64), np.float32(2.0**-64), 1)
   shift = jnp.where(top < np.float32(2.0**-64), np.float32(2.0**62), shift)
   column = _gram.plain_dot(rows, new * shift[:, None]) / jnp.where(scales > 0, scales * shift[:, None], jnp.inf)
-  return column.at[:, slot].set(energy)[None], scale, dims
+  return jnp.where(here, energy[:, None], column)[None], scale, dims
 
 
 def _exact_column(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from sedjax._phase import PhaseState
 from sedjax._spectrum import Rows, WindowState
@@ -56,7 +57,7 @@ class Parts(NamedTuple):
   map_id: jax.Array  # int32[5], which sketch (kind, version, seed, dim) of which tree made the rows
   windows: tuple[WindowState, ...]  # by window, ascending
   reports: tuple[Report, ...]  # by window, fields [G, …]
-  history: tuple[Report, ...]  # by window, fields [history, G, …]
+  history: tuple[Packed, ...]  # as in the state
   labels: jax.Array
 
 
@@ -78,16 +79,31 @@ _PHASE_INTS = ("phase", "peak_age", "age")
 _PHASE_FLOATS = tuple(name for name in PhaseState._fields if name not in _PHASE_INTS)
 
 
-def _pack(report: Report, state: WindowState | None) -> Packed:
+def _side_by_side(arrays: list[jax.Array]) -> jax.Array:
+  """Concatenates along the last axis, in one kernel; XLA stores each operand of a concatenation on its own."""
+  size = sum(x.shape[-1] for x in arrays)
+  index = lax.iota(jnp.int32, size)
+  total, at = jnp.zeros((), arrays[0].dtype), 0
+  for x in arrays:
+    edges = [(0, 0, 0)] * (x.ndim - 1) + [(at, size - at - x.shape[-1], 0)]
+    wide = x if x.shape[-1] == 1 else lax.pad(x, x.dtype.type(0), edges)
+    total = jnp.where(index >= at, wide, total)
+    at += x.shape[-1]
+  return total
+
+
+def pack_report(report: Report, state: WindowState | None = None) -> Packed:
+  """A report, and what its window remembers, as they lie in the state."""
   ints = [getattr(report, name).astype(jnp.int32)[..., None] for name in INTEGERS]
   floats = [getattr(report, name)[..., None] for name in _FLOATS] + [getattr(report, name) for name in VECTOR_FIELDS]
   if state is not None:
     ints += [getattr(state.phase, name)[..., None] for name in _PHASE_INTS]
     floats += [getattr(state.phase, name)[..., None] for name in _PHASE_FLOATS] + [state.direction]
-  return Packed(jnp.concatenate(floats, -1), jnp.concatenate(ints, -1))
+  return Packed(_side_by_side(floats), _side_by_side(ints))
 
 
-def _unpack_report(packed: Packed, window: int) -> Report:
+def unpack_report(packed: Packed, window: int) -> Report:
+  """The inverse of `pack_report`, for a window of this size."""
   fields = {name: packed.ints[..., i] for i, name in enumerate(INTEGERS)}
   fields["edge_ambiguous"] = fields["edge_ambiguous"] != 0
   fields |= {name: packed.floats[..., i] for i, name in enumerate(_FLOATS)}
@@ -113,6 +129,11 @@ def map_id_of(state: TrackerState) -> jax.Array:
   return state.counters[..., -_MAP_ID:]
 
 
+def pack_counters(parts: Parts) -> jax.Array:
+  """`TrackerState.counters`."""
+  return _side_by_side([parts.facts.steps, *(getattr(parts, name)[..., None] for name in COUNTERS), parts.map_id])
+
+
 def pack(parts: Parts) -> TrackerState:
   """Puts the small arrays side by side; leading axes are kept."""
   gram = parts.facts.gram
@@ -120,14 +141,13 @@ def pack(parts: Parts) -> TrackerState:
     parts.facts.scale[..., None],
     parts.facts.dims[..., None],
   ]
-  counters = [parts.facts.steps, *(getattr(parts, name)[..., None] for name in COUNTERS), parts.map_id]
   return TrackerState(
     parts.rows,
     parts.base,
-    jnp.concatenate(facts, -1),
-    jnp.concatenate(counters, -1),
-    tuple(_pack(report, state) for report, state in zip(parts.reports, parts.windows, strict=True)),
-    tuple(_pack(report, None) for report in parts.history),
+    _side_by_side(facts),
+    pack_counters(parts),
+    tuple(pack_report(report, state) for report, state in zip(parts.reports, parts.windows, strict=True)),
+    parts.history,
     parts.labels,
   )
 
@@ -146,9 +166,7 @@ def unpack(state: TrackerState) -> Parts:
     **{name: counters[..., i] for i, name in enumerate(COUNTERS)},
     map_id=map_id_of(state),
     windows=tuple(_unpack_window(packed, slots) for packed in state.windows),
-    reports=tuple(_unpack_report(packed, size) for packed, size in zip(state.windows, sizes, strict=True)),
-    history=tuple(
-      _unpack_report(packed, size) for packed, size in zip(state.history, sizes, strict=bool(state.history))
-    ),
+    reports=tuple(unpack_report(packed, size) for packed, size in zip(state.windows, sizes, strict=True)),
+    history=state.history,
     labels=state.labels,
   )

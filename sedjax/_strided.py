@@ -17,6 +17,7 @@ from sedjax._count import (
   TABLE,
   WIDE,
   Piece,
+  Plan,
   flip,
   folded_sum,
   index_hash,
@@ -28,6 +29,7 @@ from sedjax._count import (
   sum_dtype,
   zero_of,
 )
+from sedjax._small import is_small, lots, small_row
 
 # Rows summed by one kernel. 16 streams are as many as prefetchers follow, and code for 16 compiles fast.
 _STRIDE = 16
@@ -98,8 +100,7 @@ def _last_rows(x: jax.Array, row: int, keys: Any, columns: Any, part: Any, grid:
 @functools.partial(jax.jit, static_argnames=("parts", "buckets"))
 def _added(row: jax.Array, sums: jax.Array, place: Any, *, parts: int, buckets: int) -> jax.Array:
   """`row`, in two laps, with the sums of a `_Term` added."""
-  if parts > 1:
-    sums = sums.reshape(-1, parts, sums.shape[1]).sum(1)
+  sums = functools.reduce(jnp.add, (sums[i::parts] for i in range(parts)))  # XLA hands a sum to a library
   flat = folded_sum(folded_sum(sums.reshape(-1), buckets * sums.shape[1]), row.size // 2)
   return lax.dynamic_update_slice(row, lax.dynamic_slice(row, (place,), flat.shape) + flat, (place,))
 
@@ -115,8 +116,7 @@ class _Term(NamedTuple):
   buckets: int  # after which `sums` begins anew at `place`
 
 
-def _strided_terms(piece: Piece, group: int, dim: int, seed: int, part: Any, grid: Any) -> Iterator[_Term]:
-  plan = plan_of(piece.path, piece.hashes, piece.array.shape, dim, seed)
+def _strided_terms(piece: Piece, plan: Plan, group: int, dim: int, part: Any, grid: Any) -> Iterator[_Term]:
   if piece.hashes is None:
     columns = index_hash(indices(plan.columns), plan.key)
     keys = index_hash(indices(-(-plan.rows // HASH_ROWS)), ~plan.key)
@@ -177,10 +177,12 @@ def strided_rows(
   pieces: Sequence[Piece], groups: Sequence[int], labels: int, dim: int, seed: int, part: Any, grid: Any
 ) -> list[jax.Array]:
   """`count_rows` of whole leaves."""
+  plans = [plan_of(piece.path, piece.hashes, piece.array.shape, dim, seed) for piece in pieces]
   terms = [
     term
-    for piece, group in zip(pieces, groups, strict=True)
-    for term in _strided_terms(piece, group, dim, seed, part, grid)
+    for piece, plan, group in zip(pieces, plans, groups, strict=True)
+    if not is_small(piece, plan)
+    for term in _strided_terms(piece, plan, group, dim, part, grid)
   ]
   some = pieces[0].array if pieces else grid
   zero = shared_zero_of(some[(0,) * some.ndim].astype(jnp.float32))
@@ -198,4 +200,7 @@ def strided_rows(
       sums = next(stored) if term.alive else term.sums(wait)
       rows[term.group] = last = _added(rows[term.group], sums, term.place, parts=term.parts, buckets=term.buckets)
     wait = shared_zero_of(last.astype(jnp.float32))
-  return [row[:dim] + row[dim:] for row in rows]
+  rows = [row[:dim] + row[dim:] for row in rows]
+  for group, some, their_plans in lots(pieces, plans, groups):
+    rows[group] = rows[group] + small_row(some, their_plans, dim, seed, part, grid)
+  return rows

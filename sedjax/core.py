@@ -23,7 +23,7 @@ from sedjax._phase import init_phase
 from sedjax._placement import Spec
 from sedjax._rows import gram_column, largest, make_row, read_parameters, sketch_column, zero_rows
 from sedjax._spectrum import Rows, WindowState, report_window
-from sedjax._state import INTEGERS, Parts, map_id_of, pack, unpack
+from sedjax._state import INTEGERS, Parts, map_id_of, pack, pack_counters, pack_report, unpack, unpack_report
 from sedjax._state import TrackerState as TrackerState
 from sedjax._state import window_sizes as window_sizes
 from sedjax._types import VECTOR_FIELDS, Report, Status
@@ -112,7 +112,7 @@ def _first_state(
     flags=zero() + flags,
     windows=tuple(WindowState(init_phase(groups), _zeros((groups, slots))) for _ in windows),
     reports=tuple(_empty_report(w, (groups,)) for w in windows),
-    history=tuple(_empty_report(w, (history, groups)) for w in windows if history),
+    history=tuple(pack_report(_empty_report(w, (history, groups))) for w in windows if history),
     labels=_zeros((groups, LABEL_WORDS), jnp.int32) + np.asarray(labels, np.int32),
     map_id=zero() + np.asarray(map_id, np.int32),
   )
@@ -142,12 +142,14 @@ def _enter(config: Config, state: Parts, gram_column: tuple[Any, Any, Any], step
   slot = state.cursor
   facts = state.facts
   column, scale, dims = gram_column
-  gram = facts.gram.at[:, :, slot, :].set(column).at[:, :, :, slot].set(column)
+  # Selected, not written: what writes into an array is a kernel of its own.
+  here = jnp.arange(config.slots, dtype=jnp.int32) == slot
+  gram = jnp.where(here[:, None], column[..., None, :], jnp.where(here, column[..., None], facts.gram))
   facts = Rows(
     gram,
-    facts.scale.at[:, slot].set(scale),
-    facts.dims.at[:, slot].set(dims),
-    facts.steps.at[slot].set(steps),
+    jnp.where(here, scale[:, None], facts.scale),
+    jnp.where(here, dims[:, None], facts.dims),
+    jnp.where(here, steps, facts.steps),
   )
   count = jnp.minimum(state.pushed, _INT_MAX - 1) + 1
   filled = jnp.minimum(state.filled + 1, config.slots)
@@ -169,7 +171,11 @@ def _enter(config: Config, state: Parts, gram_column: tuple[Any, Any, Any], step
     reports.append(report._replace(status=report.status | extra))
     windows.append(window_state)
   history = tuple(
-    jax.tree.map(lambda ring, new: ring.at[state.pushed % config.history].set(new), ring, _with_counters(state, report))
+    jax.tree.map(
+      lambda ring, new: ring.at[state.pushed % config.history].set(new),
+      ring,
+      pack_report(_with_counters(state, report)),
+    )
     for ring, report in zip(state.history, reports, strict=bool(state.history))
   )
   return state._replace(
@@ -183,9 +189,9 @@ def _enter(config: Config, state: Parts, gram_column: tuple[Any, Any, Any], step
   )
 
 
-def _write(rows: Any, slot: jax.Array, row: Any, after: Parts) -> Any:
+def _write(rows: Any, slot: jax.Array, row: Any, after: TrackerState) -> Any:
   """Writes a row into the ring, after the Gram column has read the ring, so that XLA need not copy it."""
-  row = jax.tree.map(lambda x: later_than(x, after.facts.gram), row)
+  row = jax.tree.map(lambda x: later_than(x, after.facts), row)
   return jax.tree.map(lambda ring, new: jax.lax.dynamic_update_index_in_dim(ring, new, slot, 0), rows, row)
 
 
@@ -193,7 +199,7 @@ def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def _observe_updates(config: Config, layout: Layout, state: Parts, step: Any) -> Parts:
+def _observe_updates(config: Config, layout: Layout, packed: TrackerState, state: Parts, step: Any) -> TrackerState:
   row = make_row(config, layout, state.rows)
   size = largest(config, layout, row)
   finite, zero = jnp.isfinite(size), size == 0
@@ -205,25 +211,23 @@ def _observe_updates(config: Config, layout: Layout, state: Parts, step: Any) ->
     row = jax.tree.map(lambda old, new: jnp.where(first, 0, old) + new, current, row)
     used = jnp.where(first, 0, state.facts.steps[state.cursor]) + used - zero.astype(jnp.int32)
   elapsed = state.elapsed + (~zero).astype(jnp.int32)
-  rows, slot = state.rows, state.cursor
+  due = (elapsed >= config.every) & ~zero if step is None else (jnp.asarray(step) + 1) % config.every == 0
+  complete = due & (elapsed > 0) & (used > 0)  # a row whose steps were all left out starts afresh
+  here = jnp.arange(config.slots, dtype=jnp.int32) == state.cursor
   state = state._replace(
-    facts=state.facts._replace(steps=state.facts.steps.at[slot].set(used)),
-    elapsed=elapsed,
+    facts=state.facts._replace(steps=jnp.where(here, used, state.facts.steps)),
+    elapsed=jnp.where(due, 0, elapsed),
     nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
     zero=state.zero + zero.astype(jnp.int32),
   )
-  due = (elapsed >= config.every) & ~zero if step is None else (jnp.asarray(step) + 1) % config.every == 0
-  complete = due & (elapsed > 0) & (used > 0)  # a row whose steps were all left out starts afresh
+  waiting = _without_rows(packed)._replace(counters=pack_counters(state))
 
-  def push(state: Parts) -> Parts:
+  def push(waiting: TrackerState) -> TrackerState:
     pushed = _push(config, layout, state, row, used)
-    return _choose(complete, _without_rows(pushed), _without_rows(state))
+    return _choose(complete, pack(_without_rows(pushed)), waiting)
 
-  if config.every == 1 and step is None:
-    state = push(state)
-  else:
-    state = jax.lax.cond(due, push, _without_rows, state)
-  return state._replace(rows=_write(rows, slot, row, state), elapsed=jnp.where(due, 0, elapsed))
+  new = push(waiting) if config.every == 1 and step is None else jax.lax.cond(due, push, lambda x: x, waiting)
+  return new._replace(rows=_write(state.rows, state.cursor, row, new))
 
 
 def _without_rows(state: Any) -> Any:
@@ -235,35 +239,38 @@ def _largest_base(config: Config, layout: Layout, base: Any) -> jax.Array:
   return largest(config, layout, jax.tree.map(lambda x: x[0], base) if config.exact else base)
 
 
-def _observe_params(config: Config, layout: Layout, state: Parts, step: Any) -> Parts:
+def _observe_params(config: Config, layout: Layout, packed: TrackerState, state: Parts, step: Any) -> TrackerState:
   # `elapsed` is 0 until there is a base, then the number of steps since it was read.
   due = state.elapsed % config.every == 0 if step is None else jnp.asarray(step) % config.every == 0
 
-  def later(state: Parts) -> tuple[Parts, Any]:
-    waiting = state._replace(elapsed=state.elapsed + (state.elapsed > 0).astype(jnp.int32))
-    return _without_rows(waiting), jax.tree.map(lambda ring: jnp.zeros_like(ring[0]), state.rows)
+  longer = state.elapsed + (state.elapsed > 0).astype(jnp.int32)
 
-  def read(state: Parts) -> tuple[Parts, Any]:
+  def later(packed: TrackerState) -> tuple[TrackerState, Any]:
+    waiting = packed._replace(counters=pack_counters(state._replace(elapsed=longer)))
+    return waiting, jax.tree.map(lambda ring: jnp.zeros_like(ring[0]), state.rows)
+
+  def read(packed: TrackerState) -> tuple[TrackerState, Any]:
     base, row, lossy = read_parameters(config, layout, state.rows, state.base)
     finite = jnp.isfinite(_largest_base(config, layout, base))
     started = state.elapsed > 0
     zero = started & finite & (largest(config, layout, row) == 0)
-    state = state._replace(
-      nonfinite=state.nonfinite + (~finite).astype(jnp.int32), zero=state.zero + zero.astype(jnp.int32)
-    )
     accept = started & finite & ~zero
+    keep = ~finite | zero
+    counted = state._replace(
+      nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
+      zero=state.zero + zero.astype(jnp.int32),
+      elapsed=jnp.where(keep, longer, 1),
+      base=(),
+    )
     row = jax.tree.map(lambda x: jnp.where(accept, x, 0), row)
     extra = jnp.where(lossy, int(Status.CANCELLATION), 0)
-    pushed = _push(config, layout, state, row, state.elapsed, extra)
-    pushed = _choose(accept, pushed._replace(rows=(), base=()), state._replace(rows=(), base=()))
-    keep = ~finite | zero
-    elapsed = jnp.where(keep, later(state)[0].elapsed, 1).astype(jnp.int32)
-    return pushed._replace(base=_choose(keep, state.base, base), elapsed=elapsed), row
+    pushed = _push(config, layout, counted, row, state.elapsed, extra)
+    waiting = packed._replace(counters=pack_counters(counted), base=())
+    new = _choose(accept, pack(_without_rows(pushed)), waiting)
+    return new._replace(base=_choose(keep, state.base, base)), row
 
-  if config.every == 1 and step is None:
-    new, row = read(state)
-  else:
-    new, row = jax.lax.cond(due, read, later, state)
+  packed = _without_rows(packed)
+  new, row = read(packed) if config.every == 1 and step is None else jax.lax.cond(due, read, later, packed)
   return new._replace(rows=_write(state.rows, state.cursor, row, new))
 
 
@@ -302,7 +309,7 @@ def observe(
   tree = params if from_params else updates
   layout = layout_of(tree, config.groups, specs)
   parts = _check_state(config, layout, tree, state)
-  return pack((_observe_params if from_params else _observe_updates)(config, layout, parts, step))
+  return (_observe_params if from_params else _observe_updates)(config, layout, state, parts, step)
 
 
 def push_row(config: Config, state: TrackerState, row: Any, steps: Any, lossy: Any = False) -> TrackerState:
@@ -322,9 +329,10 @@ def push_row(config: Config, state: TrackerState, row: Any, steps: Any, lossy: A
   zero = jnp.max(jnp.abs(row)) == 0
   column = sketch_column(config, parts.rows, row, parts.cursor, parts.facts.scale)
   extra = jnp.where(lossy, int(Status.CANCELLATION), 0)
-  pushed = _enter(config, parts, column, jnp.asarray(steps, jnp.int32), extra)
-  new = _choose(zero, _without_rows(parts._replace(zero=parts.zero + 1)), _without_rows(pushed))
-  return pack(new._replace(rows=_write(parts.rows, parts.cursor, row, pushed)))
+  pushed = pack(_without_rows(_enter(config, parts, column, jnp.asarray(steps, jnp.int32), extra)))
+  waiting = _without_rows(state)._replace(counters=pack_counters(parts._replace(zero=parts.zero + 1)))
+  new = _choose(zero, waiting, pushed)
+  return new._replace(rows=_write(parts.rows, parts.cursor, row, new))
 
 
 def push_gram(config: Config, state: TrackerState, gram: Any, dims: Any, steps: Any) -> TrackerState:
@@ -491,7 +499,7 @@ def history(state: TrackerState, *, group: Hashable | None = None, window: int |
 
 @functools.partial(jax.jit, static_argnums=1)
 def _history(state: TrackerState, window: int, group: Any) -> Report:
-  ring = _pick(unpack(state).history[window], group)
+  ring = _pick(unpack_report(state.history[window], window_sizes(state)[window]), group)
   order = jnp.argsort(ring.count, axis=-1)
 
   def by_age(name: str, field: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sedjax
-from sedjax import _count, _indexed, _strided
+from sedjax import _count, _indexed, _small, _strided
 from sedjax._count import Piece
 from sedjax._indexed import indexed_term, sum_terms
 from sedjax._strided import strided_rows
@@ -174,11 +174,49 @@ def test_all_forms_of_count_agree_when_they_work_in_small_parts(shape, monkeypat
   for module, name, value in small:
     assert getattr(module, name) >= 2**18
     monkeypatch.setattr(module, name, value if math.prod(shape) < 10**5 else 64 * value)
+  monkeypatch.setattr(_small, "_MOST", 0)
   x = integers(shape)
   x = x + (x == 0)
   rows = jax.jit(functools.partial(all_forms, shape, 1024))(x.astype(jnp.bfloat16))
   monkeypatch.undo()
   assert_all_equal(rows | {"indexed": indexed([Piece("w", x)], 1024)})
+
+
+def test_small_leaves_are_added_as_one(monkeypatch):
+  """Of several groups, dtypes and shapes, in lots, beside a large one: to the sum of what each adds alone."""
+  monkeypatch.setattr(_small, "_LEAVES", 3)
+  shapes = [(5,), (), (97, 12), (300, 40), (3, 1, 5), (4096,), (64, 64), (7,), (1, 1)] * 2
+  pieces = [Piece(f"leaf {i}", integers(shape) + 1) for i, shape in enumerate(shapes)]
+  pieces = [
+    piece._replace(array=piece.array.astype(jnp.bfloat16)) if i % 4 == 1 else piece for i, piece in enumerate(pieces)
+  ]
+  groups = [i // 2 % 3 for i in range(len(pieces))]
+  rows = jax.jit(
+    lambda arrays: strided_rows(
+      [piece._replace(array=x) for piece, x in zip(pieces, arrays, strict=True)],
+      groups,
+      3,
+      1024,
+      0,
+      None,
+      jnp.float32(1),
+    )
+  )([piece.array for piece in pieces])
+  for label, row in enumerate(rows):
+    mine = [piece for piece, group in zip(pieces, groups, strict=True) if group == label]
+    np.testing.assert_array_equal(row, sum(np.asarray(indexed([piece], 1024)) for piece in mine))
+  lots = list(_small.lots(pieces, [_count.plan_of(p.path, None, p.array.shape, 1024, 0) for p in pieces], groups))
+  assert max(len(found) for _, found, _ in lots) == 3
+  assert sum(len(found) for _, found, _ in lots) == len(pieces) - shapes.count((300, 40)) - shapes.count((64, 64))
+
+
+@pytest.mark.parametrize("dim", [1, 16, 1000])
+def test_small_leaves_are_gathered_where_scatters_add_in_any_order(dim):
+  at = np.random.default_rng(0).integers(dim, size=700)
+  x = integers((700,))
+  expected = np.zeros(dim, np.float32)
+  np.add.at(expected, at, np.asarray(x))
+  np.testing.assert_array_equal(_small.gathered_row(x, at, dim), expected)
 
 
 HUGE = (2**19, 2**13, 8)
