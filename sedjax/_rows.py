@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedjax import _gram, _placement, sketch
+from sedjax import _gram, _placement, _small, sketch
 from sedjax._config import Config
 from sedjax._count import Piece, later_than
+from sedjax._indexed import may_be_split
 from sedjax._layout import Layout
 
 
@@ -100,6 +101,11 @@ def zero_rows(config: Config, layout: Layout, params: Any, lead: int) -> Any:
 
 
 def _peak(leaves: Any) -> jax.Array:
+  # Small leaves as one, unless they may lie on several devices.
+  small = [leaf.size <= _small.MOST and not may_be_split(leaf) for leaf in leaves]
+  together = [leaf.reshape(-1) for leaf, is_small in zip(leaves, small, strict=True) if is_small]
+  leaves = [leaf for leaf, is_small in zip(leaves, small, strict=True) if not is_small]
+  leaves += [jnp.concatenate(together)] if together else []
   peaks = [jnp.max(jnp.abs(leaf), initial=0).astype(jnp.float32) for leaf in leaves]
   if len(peaks) <= 1:
     return peaks[0] if peaks else jnp.float32(0)

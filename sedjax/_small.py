@@ -17,14 +17,14 @@ from jax import lax
 from sedjax._count import Piece, Plan, flip, hashes_of, part_of, row_signs
 
 # Numbers in a leaf at most: a CPU adds one in 2 ns, and starts a kernel in as much as 2,000 of them take.
-_MOST = 2**12
+MOST = 2**12
 # Leaves that are added as one: as much as 2 MiB.
 _LEAVES = 128
 
 
 def is_small(piece: Piece, plan: Plan) -> bool:
   """Whether a leaf's rows need no sums, and are few."""
-  return piece.hashes is None and plan.per_bucket == 1 and piece.array.size <= _MOST
+  return piece.hashes is None and plan.per_bucket == 1 and piece.array.size <= MOST
 
 
 def lots(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -81,7 +82,8 @@ def chunk_sums(x: jax.Array, keys: Any, columns: Any, *, per_bucket: int) -> jax
     count = x.shape[0] // stride
     return [_strided_sums(x, keys, columns, jnp.float32(1), row=0, count=count, stride=stride, part=WIDE)]
 
-  found = _branch(_apart(zero_of(x[0, 0].astype(jnp.float32))), sums)[0]
+  apart = _apart(zero_of(x[0, 0].astype(jnp.float32)))
+  found = _branch(apart, sums, [(x.shape[0] // stride, x.shape[1])], jnp.float64)[0]
   return found.reshape(-1, per_bucket // stride, x.shape[1]).sum(1) if stride < per_bucket else found
 
 
@@ -108,8 +110,8 @@ def _added(row: jax.Array, sums: jax.Array, place: Any, *, parts: int, buckets: 
 class _Term(NamedTuple):
   """Something to be added to a row."""
 
-  sums: Callable[[Any], jax.Array]  # of a uint32[] 0; its result [m, n] is stored before it is added, or is small
-  alive: int  # how many numbers are stored then; 0 where it is small
+  sums: Callable[[Any], jax.Array]  # of a uint32[] 0
+  shape: tuple[int, int]  # of the sums, where they are stored before they are added; else (0, 0)
   group: int
   place: Any  # in the row, below its length
   parts: int  # rows of `sums` that make one bucket
@@ -127,7 +129,7 @@ def _strided_terms(piece: Piece, plan: Plan, group: int, dim: int, part: Any, gr
   if plan.per_bucket == 1 and x.size <= TABLE:  # no sums to make; signs as a constant cost less than hashes
     row = np.arange(plan.rows, dtype=np.uint32)
     bits = mix(keys[row // HASH_ROWS][:, None] ^ columns) << (np.uint32(31) - row % np.uint32(HASH_ROWS))[:, None]
-    yield term(lambda _: _signed(x, bits & SIGN, grid, part=part), 0)
+    yield term(lambda _: _signed(x, bits & SIGN, grid, part=part), (0, 0))
     return
   stride = _stride(x, plan.per_bucket, part)
   whole = plan.rows // plan.per_bucket
@@ -140,16 +142,17 @@ def _strided_terms(piece: Piece, plan: Plan, group: int, dim: int, part: Any, gr
   for done in range(0, whole, most):
     count = parts * min(most, whole - done)
     sums = functools.partial(strided_sums, row=done * plan.per_bucket, count=count)
-    yield term(sums, 2 * count * plan.columns, parts=parts)
+    yield term(sums, (count, plan.columns), parts=parts)
   if whole * plan.per_bucket < plan.rows:
     place = (plan.offset + whole % plan.buckets * plan.columns) % dim
-    yield term(lambda _: _last_rows(x, whole * plan.per_bucket, keys, columns, part, grid), 0, place=place)
+    yield term(lambda _: _last_rows(x, whole * plan.per_bucket, keys, columns, part, grid), (0, 0), place=place)
 
 
-def _branch(condition: Any, results: Callable[[], list[Any]]) -> list[Any]:
+def _branch(
+  condition: Any, results: Callable[[], list[Any]], shapes: Sequence[tuple[int, ...]], dtype: Any
+) -> list[Any]:
   """The results, where the condition is true."""
-  shapes = jax.eval_shape(results)
-  return lax.cond(condition, results, lambda: [jnp.zeros(x.shape, x.dtype) for x in shapes]) if shapes else []
+  return lax.cond(condition, results, lambda: [jnp.zeros(shape, dtype) for shape in shapes]) if shapes else []
 
 
 def _apart(zero: jax.Array) -> jax.Array:
@@ -165,11 +168,12 @@ def _waves(terms: list[_Term]) -> list[list[_Term]]:
   waves: list[list[_Term]] = [[]]
   alive = 0
   for term in terms:
-    if waves[-1] and alive + term.alive > _ALIVE:
+    size = 2 * math.prod(term.shape)
+    if waves[-1] and alive + size > _ALIVE:
       waves.append([])
       alive = 0
     waves[-1].append(term)
-    alive += term.alive
+    alive += size
   return waves
 
 
@@ -189,15 +193,17 @@ def strided_rows(
   # XLA's CPU compiler would make sums where they are used, index by index of a flat array; and where it knew the place
   # it would write a new row, instead of a part of the old one.
   apart = _apart(zero)
-  places = _branch(apart, lambda: [np.int32(term.place) for term in terms])
+  places = _branch(apart, lambda: [np.int32(term.place) for term in terms], [()] * len(terms), jnp.int32)
   terms = [term._replace(place=place) for term, place in zip(terms, places, strict=True)]
   rows = [jnp.zeros((2 * dim,), sum_dtype(part)) for _ in range(labels)]  # whatever is added lies in one piece
   wait: Any = np.uint32(0)
   for wave in _waves(terms):
     last = rows[0]
-    stored = iter(_branch(apart, lambda wave=wave, wait=wait: [term.sums(wait) for term in wave if term.alive]))
+    large = [term for term in wave if any(term.shape)]
+    sums = functools.partial(lambda large, wait: [term.sums(wait) for term in large], large, wait)
+    stored = iter(_branch(apart, sums, [term.shape for term in large], sum_dtype(part)))
     for term in wave:
-      sums = next(stored) if term.alive else term.sums(wait)
+      sums = next(stored) if any(term.shape) else term.sums(wait)
       rows[term.group] = last = _added(rows[term.group], sums, term.place, parts=term.parts, buckets=term.buckets)
     wait = shared_zero_of(last.astype(jnp.float32))
   rows = [row[:dim] + row[dim:] for row in rows]

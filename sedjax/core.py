@@ -199,7 +199,11 @@ def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def _observe_updates(config: Config, layout: Layout, packed: TrackerState, state: Parts, step: Any) -> TrackerState:
+# Both kinds of `observe` unpack the state again in each branch, so that steps between rows unpack only what they need.
+
+
+def _observe_updates(config: Config, layout: Layout, packed: TrackerState, step: Any) -> TrackerState:
+  state = unpack(packed)
   row = make_row(config, layout, state.rows)
   size = largest(config, layout, row)
   finite, zero = jnp.isfinite(size), size == 0
@@ -214,16 +218,16 @@ def _observe_updates(config: Config, layout: Layout, packed: TrackerState, state
   due = (elapsed >= config.every) & ~zero if step is None else (jnp.asarray(step) + 1) % config.every == 0
   complete = due & (elapsed > 0) & (used > 0)  # a row whose steps were all left out starts afresh
   here = jnp.arange(config.slots, dtype=jnp.int32) == state.cursor
-  state = state._replace(
+  counted = state._replace(
     facts=state.facts._replace(steps=jnp.where(here, used, state.facts.steps)),
     elapsed=jnp.where(due, 0, elapsed),
     nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
     zero=state.zero + zero.astype(jnp.int32),
   )
-  waiting = _without_rows(packed)._replace(counters=pack_counters(state))
+  waiting = _without_rows(packed)._replace(counters=pack_counters(counted))
 
   def push(waiting: TrackerState) -> TrackerState:
-    pushed = _push(config, layout, state, row, used)
+    pushed = _push(config, layout, unpack(waiting._replace(rows=state.rows)), row, used)
     return _choose(complete, pack(_without_rows(pushed)), waiting)
 
   new = push(waiting) if config.every == 1 and step is None else jax.lax.cond(due, push, lambda x: x, waiting)
@@ -239,17 +243,21 @@ def _largest_base(config: Config, layout: Layout, base: Any) -> jax.Array:
   return largest(config, layout, jax.tree.map(lambda x: x[0], base) if config.exact else base)
 
 
-def _observe_params(config: Config, layout: Layout, packed: TrackerState, state: Parts, step: Any) -> TrackerState:
+def _observe_params(config: Config, layout: Layout, packed: TrackerState, step: Any) -> TrackerState:
+  rows, cursor, elapsed = packed.rows, unpack(packed).cursor, unpack(packed).elapsed
   # `elapsed` is 0 until there is a base, then the number of steps since it was read.
-  due = state.elapsed % config.every == 0 if step is None else jnp.asarray(step) % config.every == 0
+  due = elapsed % config.every == 0 if step is None else jnp.asarray(step) % config.every == 0
 
-  longer = state.elapsed + (state.elapsed > 0).astype(jnp.int32)
+  def longer(state: Parts) -> jax.Array:
+    return state.elapsed + (state.elapsed > 0).astype(jnp.int32)
 
   def later(packed: TrackerState) -> tuple[TrackerState, Any]:
-    waiting = packed._replace(counters=pack_counters(state._replace(elapsed=longer)))
-    return waiting, jax.tree.map(lambda ring: jnp.zeros_like(ring[0]), state.rows)
+    state = unpack(packed)
+    waiting = packed._replace(counters=pack_counters(state._replace(elapsed=longer(state))))
+    return waiting, jax.tree.map(lambda ring: jnp.zeros_like(ring[0]), rows)
 
   def read(packed: TrackerState) -> tuple[TrackerState, Any]:
+    state = unpack(packed._replace(rows=rows))
     base, row, lossy = read_parameters(config, layout, state.rows, state.base)
     finite = jnp.isfinite(_largest_base(config, layout, base))
     started = state.elapsed > 0
@@ -259,7 +267,7 @@ def _observe_params(config: Config, layout: Layout, packed: TrackerState, state:
     counted = state._replace(
       nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
       zero=state.zero + zero.astype(jnp.int32),
-      elapsed=jnp.where(keep, longer, 1),
+      elapsed=jnp.where(keep, longer(state), 1),
       base=(),
     )
     row = jax.tree.map(lambda x: jnp.where(accept, x, 0), row)
@@ -271,7 +279,7 @@ def _observe_params(config: Config, layout: Layout, packed: TrackerState, state:
 
   packed = _without_rows(packed)
   new, row = read(packed) if config.every == 1 and step is None else jax.lax.cond(due, read, later, packed)
-  return new._replace(rows=_write(state.rows, state.cursor, row, new))
+  return new._replace(rows=_write(rows, cursor, row, new))
 
 
 def observe(
@@ -308,8 +316,8 @@ def observe(
   from_params = config.source == "params"
   tree = params if from_params else updates
   layout = layout_of(tree, config.groups, specs)
-  parts = _check_state(config, layout, tree, state)
-  return (_observe_params if from_params else _observe_updates)(config, layout, state, parts, step)
+  state = _check_state(config, layout, tree, state)
+  return (_observe_params if from_params else _observe_updates)(config, layout, state, step)
 
 
 def push_row(config: Config, state: TrackerState, row: Any, steps: Any, lossy: Any = False) -> TrackerState:
@@ -372,7 +380,7 @@ def _enter_pair(config: Config, state: TrackerState, pair: Any, scale: Any, dims
   return pack(_enter(config, unpack(state), (pair, scale, dims), steps))
 
 
-def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState) -> Parts:
+def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState) -> TrackerState:
   """Refuses a state that another sketch, tree or configuration made; flags what cannot be known while tracing."""
   expected, traced = np.asarray(_map_id(config, layout), np.int32), isinstance(state.counters, Tracer)
   if not traced:
@@ -396,11 +404,12 @@ def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState)
     for ring, wanted in zip(jax.tree.leaves(state.rows), jax.tree.leaves(expected_state.rows), strict=True):
       if _placement.explicit_spec(ring)[0] != _placement.explicit_spec(wanted)[0]:
         raise ValueError(_NOT_SHARDED)
+  if not traced:
+    return state
   parts = unpack(state)
-  if traced:
-    changed = jnp.any(parts.map_id != expected)
-    parts = parts._replace(flags=parts.flags | jnp.where(changed, int(Status.MAP_CHANGED), 0))
-  return parts
+  changed = jnp.any(parts.map_id != expected)
+  flags = parts.flags | jnp.where(changed, int(Status.MAP_CHANGED), 0)
+  return state._replace(counters=pack_counters(parts._replace(flags=flags)))
 
 
 def _group_index(state: TrackerState, group: Hashable | None) -> int | jax.Array:
