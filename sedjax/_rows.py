@@ -174,7 +174,7 @@ def sketch_column(
     rows = jnp.concatenate([rows.sum(1, keepdims=True), rows], 1)
     row = jnp.concatenate([row.sum(0, keepdims=True), row])
   scale = _gram.power_of_two(jnp.max(jnp.abs(row), -1, initial=0))
-  here = jnp.arange(config.slots, dtype=jnp.int32) == slot
+  here = jnp.arange(scales.shape[-1], dtype=jnp.int32) == slot
   scales = jnp.where(here, scale[:, None], scales)
   new = row / jnp.where(scale > 0, scale, 1)[:, None]
   squares = new * new
