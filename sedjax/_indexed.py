@@ -22,12 +22,21 @@ _CHUNK = 2**20
 
 def _bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: Any) -> jax.Array:
   """float32[g, n]: bucket sums of a leaf or block; one contraction gives at most `most` of the g."""
+  if plan.rows == 1 and piece.start is None:
+    return _signed_vector(piece.array, plan.key, grid, part=part)
   row = piece.row_index()
   keys, columns = index_hash(row >> 5, ~plan.key), index_hash(piece.column_index(), plan.key)
   shift = np.uint32(31) - row % np.uint32(HASH_ROWS)
   bucket = row // np.uint32(plan.per_bucket) % np.uint32(plan.buckets)
   hashes = keys, columns, shift, bucket
   return _hashed_bucket_sums(piece.array, hashes, grid, buckets=plan.buckets, most=most, part=part)
+
+
+@functools.partial(jax.jit, static_argnames="part")  # vectors of one length are traced once
+def _signed_vector(x: jax.Array, key: Any, grid: Any, *, part: int | None) -> jax.Array:
+  columns = index_hash(lax.iota(jnp.uint32, x.shape[-1]), key)
+  bits = mix(index_hash(jnp.zeros_like(key), ~key) ^ columns) << np.uint32(HASH_ROWS - 1)
+  return flip(part_of(x, part, grid), bits).sum(tuple(range(x.ndim - 1)))[None]
 
 
 @functools.partial(jax.jit, static_argnames=("buckets", "most", "part"))  # leaves of one shape are traced once

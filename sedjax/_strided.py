@@ -193,8 +193,9 @@ def strided_rows(
   # XLA's CPU compiler would make sums where they are used, index by index of a flat array; and where it knew the place
   # it would write a new row, instead of a part of the old one.
   apart = _apart(zero)
-  places = _branch(apart, lambda: [np.int32(term.place) for term in terms], [()] * len(terms), jnp.int32)
-  terms = [term._replace(place=place) for term, place in zip(terms, places, strict=True)]
+  known = np.asarray([term.place for term in terms], np.int32)
+  places = _branch(apart, lambda: [jnp.asarray(known)], [known.shape], jnp.int32)[0] if terms else known
+  terms = [term._replace(place=places[i]) for i, term in enumerate(terms)]
   rows = [jnp.zeros((2 * dim,), sum_dtype(part)) for _ in range(labels)]  # whatever is added lies in one piece
   wait: Any = np.uint32(0)
   for wave in _waves(terms):
