@@ -6,6 +6,7 @@ bucket; the g bucket rows lie one after the other from a hashed offset on, folde
 
 *Strided* (in `_strided`), for whole leaves on one CPU or GPU: every p rows are summed in one elementwise kernel, that
 reads them as strided slices and makes one hash for them; what remains to be added up is a small fraction of the leaf.
+Small leaves are signed and placed as one there (`_small`).
 *Indexed* (in `_indexed`), for TPU and for leaves or blocks of leaves that are sharded: signs are made from the indices
 of each number, and a contraction with a one-hot matrix adds the rows of a bucket. It never reshapes or slices the leaf,
 so that partitioners need nothing but sums of at most d numbers.
