@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import types
 
 import hypothesis
@@ -564,6 +565,28 @@ def test_command(tmp_path, files, record, capsys):
   ):
     assert command(*words) == 1
     assert capsys.readouterr().err.startswith("sedjax analyze: ")
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_bar_shows_rate_and_time_left(tmp_path, monkeypatch, shown):
+  for step in range(0, 60, 10):
+    np.savez(tmp_path / f"step_{step}.npz", w=np.random.default_rng(step).normal(size=(500, 100)).astype(np.float32))
+  monkeypatch.setenv("TERM", "xterm")
+  monkeypatch.setenv("COLUMNS", "100")
+  monkeypatch.setattr(sys, "stderr", Terminal())
+  checkpoints.analyze(f"{tmp_path}/step_*.npz", window=3, progress=shown)
+  text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sys.stderr.getvalue())
+  assert "taken: 1 tensors, 50,000 parameters" in text
+  frames = [frame for frame in re.split(r"[\r\n]", text) if "━" in frame]
+  assert bool(frames) is shown
+  if shown:
+    assert re.fullmatch(r"reading ━+ 0\.0/1\.2 MB \? -:--:--", frames[0].strip())
+    assert re.fullmatch(r"step 50 ━+ 1\.2/1\.2 MB [\d.]+ (bytes|[kMG]B)/s 0:00:00", frames[-1].strip())
 
 
 # ---- mangled files ----
