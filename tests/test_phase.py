@@ -88,7 +88,7 @@ def phases_of(config, rows):
 SHAPES = [(0.2, 4, 0.2, 1.5), (1, 4, 1, 1.5), (2, 4, 2, 1.5), (5, 5, 1, 1.5), (3, 6, 1, 3.0), (10, 10, 2, 2.0)]
 
 
-@pytest.mark.parametrize("window", [10, 20])
+@pytest.mark.parametrize("window", [10, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sketch", SKETCHES)
 def test_planted_phases(sketch, window):
   """Each phase is entered within a window of where it was planted, in this order and no other."""

@@ -46,11 +46,11 @@ def gpt2(width=768, layers=12, vocab=50257):
   return tree
 
 
-def abstract(place):
+def abstract(place, **sizes):
   def leaf(pair):
     return jax.ShapeDtypeStruct(pair[0], jnp.float32, sharding=place(pair[1]))
 
-  return jax.tree.map(leaf, gpt2(), is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[1], jax.P))
+  return jax.tree.map(leaf, gpt2(**sizes), is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[1], jax.P))
 
 
 def cost_of(params):
@@ -67,7 +67,8 @@ def cost_of(params):
 
 
 def program_of(one):
-  params, config = abstract(lambda _: one), sedjax.core.Config(window=10)
+  """Of two layers: what it is looked through for would be there as in all twelve."""
+  params, config = abstract(lambda _: one, layers=2), sedjax.core.Config(window=10)
   state = jax.eval_shape(lambda: sedjax.core.init(config, params))
   state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state)
   observe = jax.jit(lambda state, updates: sedjax.core.observe(config, state, updates), donate_argnums=0)
