@@ -102,11 +102,14 @@ def zero_rows(config: Config, layout: Layout, params: Any, lead: int) -> Any:
 
 def _peak(leaves: Any) -> jax.Array:
   # Small leaves as one, unless they may lie on several devices.
-  small = [leaf.size <= _small.MOST and not may_be_split(leaf) for leaf in leaves]
-  together = [leaf.reshape(-1) for leaf, is_small in zip(leaves, small, strict=True) if is_small]
-  leaves = [leaf for leaf, is_small in zip(leaves, small, strict=True) if not is_small]
-  leaves += [jnp.concatenate(together)] if together else []
-  peaks = [jnp.max(jnp.abs(leaf), initial=0).astype(jnp.float32) for leaf in leaves]
+  alone, together = [], []
+  for leaf in leaves:
+    if leaf.size <= _small.MOST and not may_be_split(leaf):
+      together.append(leaf.reshape(-1))
+    else:
+      alone.append(leaf)
+  arrays = [*alone, jnp.concatenate(together)] if together else alone
+  peaks = [jnp.max(jnp.abs(array), initial=0).astype(jnp.float32) for array in arrays]
   if len(peaks) <= 1:
     return peaks[0] if peaks else jnp.float32(0)
   # A sort, with NaN last, is not computed again in each kernel that needs the result, as a chain of maxima would be.

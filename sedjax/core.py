@@ -244,7 +244,8 @@ def _largest_base(config: Config, layout: Layout, base: Any) -> jax.Array:
 
 
 def _observe_params(config: Config, layout: Layout, packed: TrackerState, step: Any) -> TrackerState:
-  rows, cursor, elapsed = packed.rows, unpack(packed).cursor, unpack(packed).elapsed
+  outside = unpack(packed)
+  rows, cursor, elapsed = packed.rows, outside.cursor, outside.elapsed
   # `elapsed` is 0 until there is a base, then the number of steps since it was read.
   due = elapsed % config.every == 0 if step is None else jnp.asarray(step) % config.every == 0
 
