@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -86,6 +87,7 @@ def _taken(x: jax.Array, index: jax.Array, axis: int = -1) -> jax.Array:
   return jax.lax.platform_dependent(x, index, tpu=selected, default=gathered)
 
 
+@functools.partial(jax.jit, static_argnames=("window", "k_max", "momentum", "every", "exact"), inline=True)
 def report_window(
   rows: Rows,
   state: WindowState,

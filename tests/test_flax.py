@@ -54,7 +54,11 @@ def nnx_optimizer(sketch, kernel, bias):
   return optimizer.opt_state
 
 
-@pytest.mark.parametrize("sketch", [sedjax.sketch.count(64), sedjax.sketch.exact()], ids=["count", "exact"])
+@pytest.mark.parametrize(
+  "sketch",
+  [sedjax.sketch.count(64), pytest.param(sedjax.sketch.exact(), marks=pytest.mark.slow)],
+  ids=["count", "exact"],
+)
 @pytest.mark.parametrize("train", [linen_train_state, nnx_optimizer])
 def test_same_rows_as_a_plain_dict(train, sketch):
   kernel, bias = jnp.asarray(X[0, :3, :].repeat(2, 1)[:, :4]), jnp.arange(4.0)

@@ -100,15 +100,21 @@ def run(update, state, layout, mesh):
 
 
 SKETCHES = {"count": sedjax.sketch.count(DIM), "exact": sedjax.sketch.exact()}
-# Exact rows in the layouts that split most; the others take a minute more.
-CASES = [
-  pytest.param(layout, sketch, marks=pytest.mark.slow if sketch == "exact" and layout not in ("fsdp", "both") else ())
-  for layout in LAYOUTS
-  for sketch in SKETCHES
-]
 
 
-@pytest.mark.parametrize(("layout", "sketch"), CASES)
+def cases(**quick):
+  """Layouts by sketch: quick ones, and the others, which take minutes more."""
+  return pytest.mark.parametrize(
+    ("layout", "sketch"),
+    [
+      pytest.param(layout, sketch, marks=() if layout in quick[sketch] else pytest.mark.slow)
+      for layout in LAYOUTS
+      for sketch in SKETCHES
+    ],
+  )
+
+
+@cases(count=LAYOUTS, exact=["both"])
 def test_explicit_axes(layout, sketch):
   """One all-reduce of d numbers (or of a Gram column), and the unsharded report."""
   specs, mesh = LAYOUTS[layout], mesh_of(AxisType.Explicit)
@@ -128,8 +134,13 @@ def test_explicit_axes(layout, sketch):
 
 
 # At 128 no leaf's bucket sums fit into the sketch without being folded.
-@pytest.mark.parametrize(("dim", "mesh_is_set"), [(DIM, True), (128, False)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+  ("layout", "dim", "mesh_is_set"),
+  [(layout, 128, False) for layout in LAYOUTS]
+  + [
+    pytest.param(layout, DIM, True, marks=() if layout in ("fsdp", "both") else pytest.mark.slow) for layout in LAYOUTS
+  ],
+)
 def test_automatic_axes(layout, dim, mesh_is_set):
   """No collective gives more than d numbers, and the state stays where it was."""
   specs, mesh, sketch = LAYOUTS[layout], mesh_of(AxisType.Auto), sedjax.sketch.count(dim)
@@ -182,7 +193,7 @@ def test_vmapped_seeds_over_automatic_axes():
     assert_same(jax.tree.map(lambda x, seed=seed: x[seed], reports), jax.device_get(sedjax.get_reports(alone)))
 
 
-@pytest.mark.parametrize(("layout", "sketch"), CASES)
+@cases(count=["fsdp", "both", "stacked"], exact=["fsdp"])
 def test_inside_shard_map(layout, sketch):
   """Likewise where update is given blocks, and is told the axes' names or the parameters' specs."""
   specs, mesh = LAYOUTS[layout], mesh_of(AxisType.Auto)
