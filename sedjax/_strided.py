@@ -77,14 +77,13 @@ def chunk_sums(x: jax.Array, keys: Any, columns: Any, *, per_bucket: int) -> jax
   It has to be called where float64 is enabled; m is a multiple of 32, and so is the number of rows before.
   """
   stride = _stride(x, per_bucket, WIDE)
-
-  def sums() -> list[jax.Array]:
-    count = x.shape[0] // stride
-    return [_strided_sums(x, keys, columns, jnp.float32(1), row=0, count=count, stride=stride, part=WIDE)]
-
+  count = x.shape[0] // stride
+  sums = _strided_sums(x, keys, columns, jnp.float32(1), row=0, count=count, stride=stride, part=WIDE)
+  if stride == per_bucket:
+    return sums
+  shape = (x.shape[0] // per_bucket, per_bucket // stride, x.shape[1])
   apart = _apart(zero_of(x[0, 0].astype(jnp.float32)))
-  found = _branch(apart, sums, [(x.shape[0] // stride, x.shape[1])], jnp.float64)[0]
-  return found.reshape(-1, per_bucket // stride, x.shape[1]).sum(1) if stride < per_bucket else found
+  return lax.cond(apart, lambda sums: sums.reshape(shape).sum(1), lambda sums: sums[: shape[0]], sums)
 
 
 @functools.partial(jax.jit, static_argnames="part")
@@ -148,17 +147,11 @@ def _strided_terms(piece: Piece, plan: Plan, group: int, dim: int, part: Any, gr
     yield term(lambda _: _last_rows(x, whole * plan.per_bucket, keys, columns, part, grid), (0, 0), place=place)
 
 
-def _branch(
-  condition: Any, results: Callable[[], list[Any]], shapes: Sequence[tuple[int, ...]], dtype: Any
-) -> list[Any]:
-  """The results, where the condition is true."""
-  return lax.cond(condition, results, lambda: [jnp.zeros(shape, dtype) for shape in shapes]) if shapes else []
-
-
 def _apart(zero: jax.Array) -> jax.Array:
-  """bool[]: true, as XLA cannot know on CPU, where what a `_branch` gives is then stored.
+  """bool[]: true, as XLA cannot know on CPU, where what a branch on it is given has then been stored.
 
-  On GPU, whose host would wait for the condition, it is known, and branches are left out at once.
+  Else its compiler would make sums where they are used, index by index of a flat array. On GPU, whose host would wait
+  for the condition, it is known, and branches are left out at once.
   """
   return lax.platform_dependent(zero, cpu=lambda zero: zero == 0, default=lambda _: jnp.bool_(True))
 
@@ -177,6 +170,17 @@ def _waves(terms: list[_Term]) -> list[list[_Term]]:
   return waves
 
 
+def _add_wave(
+  wave: list[_Term], first: int, wait: Any, rows: list[jax.Array], places: jax.Array, stored: list[jax.Array]
+) -> list[jax.Array]:
+  """The rows with what a wave, that begins with this number of all terms, adds at these places."""
+  rows, left = list(rows), iter(stored)
+  for i, term in enumerate(wave, first):
+    sums = next(left) if any(term.shape) else term.sums(wait)
+    rows[term.group] = _added(rows[term.group], sums, places[i], parts=term.parts, buckets=term.buckets)
+  return rows
+
+
 def strided_rows(
   pieces: Sequence[Piece], groups: Sequence[int], labels: int, dim: int, seed: int, part: Any, grid: Any
 ) -> list[jax.Array]:
@@ -190,23 +194,19 @@ def strided_rows(
   ]
   some = pieces[0].array if pieces else grid
   zero = shared_zero_of(some[(0,) * some.ndim].astype(jnp.float32))
-  # XLA's CPU compiler would make sums where they are used, index by index of a flat array; and where it knew the place
-  # it would write a new row, instead of a part of the old one.
   apart = _apart(zero)
-  known = np.asarray([term.place for term in terms], np.int32)
-  places = _branch(apart, lambda: [jnp.asarray(known)], [known.shape], jnp.int32)[0] if terms else known
-  terms = [term._replace(place=places[i]) for i, term in enumerate(terms)]
+  # Where XLA knew the place it would write a new row, instead of a part of the old one.
+  places = np.asarray([term.place for term in terms], np.int32) + zero.astype(jnp.int32)
   rows = [jnp.zeros((2 * dim,), sum_dtype(part)) for _ in range(labels)]  # whatever is added lies in one piece
   wait: Any = np.uint32(0)
+  first = 0
   for wave in _waves(terms):
-    last = rows[0]
-    large = [term for term in wave if any(term.shape)]
-    sums = functools.partial(lambda large, wait: [term.sums(wait) for term in large], large, wait)
-    stored = iter(_branch(apart, sums, [term.shape for term in large], sum_dtype(part)))
-    for term in wave:
-      sums = next(stored) if any(term.shape) else term.sums(wait)
-      rows[term.group] = last = _added(rows[term.group], sums, term.place, parts=term.parts, buckets=term.buckets)
-    wait = shared_zero_of(last.astype(jnp.float32))
+    add = functools.partial(_add_wave, wave, first, wait)
+    stored = [term.sums(wait) for term in wave if any(term.shape)]
+    rows = lax.cond(apart, add, lambda rows, *_: rows, rows, places, stored) if stored else add(rows, places, stored)
+    if wave:
+      wait = shared_zero_of(rows[wave[-1].group].astype(jnp.float32))
+    first += len(wave)
   rows = [row[:dim] + row[dim:] for row in rows]
   for group, some, their_plans in lots(pieces, plans, groups):
     rows[group] = rows[group] + small_row(some, their_plans, dim, seed, part, grid)
