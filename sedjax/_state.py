@@ -5,10 +5,12 @@ Each array of a jitted step's arguments and results costs some microseconds of e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sedjax._phase import PhaseState
@@ -81,15 +83,22 @@ _PHASE_FLOATS = tuple(name for name in PhaseState._fields if name not in _PHASE_
 
 def _side_by_side(arrays: list[jax.Array]) -> jax.Array:
   """Concatenates along the last axis, in one kernel; XLA stores each operand of a concatenation on its own."""
-  size = sum(x.shape[-1] for x in arrays)
-  index = lax.iota(jnp.int32, size)
-  total, at = jnp.zeros((), arrays[0].dtype), 0
+  shape = (*arrays[0].shape[:-1], sum(x.shape[-1] for x in arrays))
+  index = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+  zero = arrays[0].dtype.type(0)
+  total, at = lax.full(shape, zero), 0
   for x in arrays:
-    edges = [(0, 0, 0)] * (x.ndim - 1) + [(at, size - at - x.shape[-1], 0)]
-    wide = x if x.shape[-1] == 1 else lax.pad(x, x.dtype.type(0), edges)
-    total = jnp.where(index >= at, wide, total)
-    at += x.shape[-1]
+    end = at + x.shape[-1]
+    if end > at + 1:
+      x = lax.pad(x, zero, [(0, 0, 0)] * (x.ndim - 1) + [(at, shape[-1] - end, 0)])
+    total = lax.select(lax.ge(index, np.int32(at)), jnp.broadcast_to(x, shape), total)
+    at = end
   return total
+
+
+def _columns(x: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
+  """The first entries along the last axis by name."""
+  return {name: lax.index_in_dim(x, i, -1, keepdims=False) for i, name in enumerate(names)}
 
 
 def pack_report(report: Report, state: WindowState | None = None) -> Packed:
@@ -104,17 +113,16 @@ def pack_report(report: Report, state: WindowState | None = None) -> Packed:
 
 def unpack_report(packed: Packed, window: int) -> Report:
   """The inverse of `pack_report`, for a window of this size."""
-  fields = {name: packed.ints[..., i] for i, name in enumerate(INTEGERS)}
+  fields = _columns(packed.ints, INTEGERS)
   fields["edge_ambiguous"] = fields["edge_ambiguous"] != 0
-  fields |= {name: packed.floats[..., i] for i, name in enumerate(_FLOATS)}
+  fields |= _columns(packed.floats, _FLOATS)
   vectors = packed.floats[..., len(_FLOATS) :]
   return Report(singular_values=vectors[..., :window], ratios=vectors[..., window : 2 * window - 1], **fields)
 
 
 def _unpack_window(packed: Packed, slots: int) -> WindowState:
   ints, floats = packed.ints[..., len(INTEGERS) :], packed.floats[..., -slots - len(_PHASE_FLOATS) :]
-  fields = {name: ints[..., i] for i, name in enumerate(_PHASE_INTS)}
-  fields |= {name: floats[..., i] for i, name in enumerate(_PHASE_FLOATS)}
+  fields = _columns(ints, _PHASE_INTS) | _columns(floats, _PHASE_FLOATS)
   return WindowState(PhaseState(**fields), floats[..., len(_PHASE_FLOATS) :])
 
 
@@ -163,7 +171,7 @@ def unpack(state: TrackerState) -> Parts:
     rows=state.rows,
     base=state.base,
     facts=Rows(gram, state.facts[..., -2], state.facts[..., -1], steps),
-    **{name: counters[..., i] for i, name in enumerate(COUNTERS)},
+    **_columns(counters, COUNTERS),
     map_id=map_id_of(state),
     windows=tuple(_unpack_window(packed, slots) for packed in state.windows),
     reports=tuple(unpack_report(packed, size) for packed, size in zip(state.windows, sizes, strict=True)),
