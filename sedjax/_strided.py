@@ -196,7 +196,7 @@ def strided_rows(
   zero = shared_zero_of(some[(0,) * some.ndim].astype(jnp.float32))
   apart = _apart(zero)
   # Where XLA knew the place it would write a new row, instead of a part of the old one.
-  places = np.asarray([term.place for term in terms], np.int32) + zero.astype(jnp.int32)
+  places = jnp.asarray([term.place for term in terms], jnp.int32) + zero.astype(jnp.int32)
   rows = [jnp.zeros((2 * dim,), sum_dtype(part)) for _ in range(labels)]  # whatever is added lies in one piece
   wait: Any = np.uint32(0)
   first = 0
