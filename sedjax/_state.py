@@ -98,6 +98,7 @@ def _side_by_side(arrays: list[jax.Array]) -> jax.Array:
 
 def _columns(x: jax.Array, names: Sequence[str]) -> dict[str, jax.Array]:
   """The first entries along the last axis by name."""
+  x = jnp.asarray(x)  # flax.nnx wraps the arrays of a state
   return {name: lax.index_in_dim(x, i, -1, keepdims=False) for i, name in enumerate(names)}
 
 
