@@ -86,6 +86,7 @@ def _gathered(x: jax.Array, index: jax.Array, axis: int = -1) -> jax.Array:
 
 
 def _taken(x: jax.Array, index: jax.Array) -> jax.Array:
+  """The entries of x with these indices along the last axis, which has them all, in the platform's form."""
   return jax.lax.platform_dependent(x, index, tpu=_selected, default=_gathered)
 
 
