@@ -90,7 +90,14 @@ def psum_pairs(pairs: jax.Array, others: jax.Array, axes: tuple[str, ...]) -> tu
 
 def plain_dot(rows: jax.Array, row: jax.Array) -> jax.Array:
   """rows [n, G, d] times row [G, d] over d: float32[G, n]."""
-  return jnp.einsum("ngd,gd->gn", rows, row, precision=_HIGHEST)
+  slots, groups, dim = rows.shape
+  if groups == 1:
+    return jnp.einsum("ngd,gd->gn", rows, row, precision=_HIGHEST)
+  # XLA would store the rows of many groups again, turned, for the same as products of matrices.
+  inner = math.gcd(dim, 128)
+  shape = groups, inner, dim // inner
+  products = rows.reshape(slots, *shape) * row.reshape(shape)
+  return products.sum(2).sum(-1).T
 
 
 def _round_robin(size: int) -> np.ndarray:

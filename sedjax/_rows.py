@@ -187,7 +187,6 @@ def sketch_column(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """`gram_column` for random sketches."""
   if config.groups is not None:
-    rows = jnp.concatenate([rows.sum(1, keepdims=True), rows], 1)
     row = jnp.concatenate([row.sum(0, keepdims=True), row])
   scale = _gram.power_of_two(jnp.max(jnp.abs(row), -1, initial=0))
   here = jnp.arange(scales.shape[-1], dtype=jnp.int32) == slot
@@ -200,7 +199,13 @@ def sketch_column(
   top = jnp.max(scales, -1)
   shift = jnp.where(top > np.float32(2.0**64), np.float32(2.0**-64), 1)
   shift = jnp.where(top < np.float32(2.0**-64), np.float32(2.0**62), shift)
-  column = _gram.plain_dot(rows, new * shift[:, None]) / jnp.where(scales > 0, scales * shift[:, None], jnp.inf)
+  shifted = new * shift[:, None]
+  if config.groups is None:
+    column = _gram.plain_dot(rows, shifted)
+  else:
+    whole = _gram.plain_dot(rows.sum(1, keepdims=True), shifted[:1])
+    column = jnp.concatenate([whole, _gram.plain_dot(rows, shifted[1:])])
+  column = column / jnp.where(scales > 0, scales * shift[:, None], jnp.inf)
   return jnp.where(here, energy[:, None], column)[None], scale, dims
 
 
