@@ -13,9 +13,11 @@ import numpy as np
 import planted
 import pytest
 import xarray as xr
+from matplotlib.figure import Figure
 
-from sedjax import _page
+from sedjax import _page, _summary
 from sedjax.__main__ import main
+from sedjax._html import escape
 from sedjax._types import Status
 
 
@@ -33,8 +35,13 @@ def made():
 
 @pytest.fixture
 def quick(monkeypatch):
-  """Without pictures, which take most of the time."""
-  monkeypatch.setattr(_page, "_figure", lambda _, alt, caption: f'<img alt="{_page._e(alt)}">{_page._e(caption)}')
+  """Pictures are drawn, but not rendered, which takes most of the time."""
+
+  def figure(draw, alt, caption):
+    draw(Figure().subplots())
+    return f'<img alt="{escape(alt)}">{escape(caption)}'
+
+  monkeypatch.setattr(_page, "figure", figure)
 
 
 def warnings_of(page):
@@ -144,10 +151,10 @@ def test_corner_cases_make_a_page(made, case):
 
 
 def test_record_is_read_in_blocks_and_says_the_same(made, monkeypatch):
-  whole = _page._read(made, 1, 0)
-  monkeypatch.setattr(_page, "_BLOCK", 18 * 7)
-  parts = _page._read(made, 1, 0)
-  for field, one, other in zip(_page.Sums._fields, whole[0], parts[0], strict=True):
+  whole = _summary._read(made, 1, 0)
+  monkeypatch.setattr(_summary, "_BLOCK", 18 * 7)
+  parts = _summary._read(made, 1, 0)
+  for field, one, other in zip(_summary.Sums._fields, whole[0], parts[0], strict=True):
     np.testing.assert_allclose(one, other, err_msg=field, rtol=1e-6)
   for one, other in zip(whole[1:], parts[1:], strict=True):
     xr.testing.assert_identical(one, other)

@@ -1,0 +1,120 @@
+"""What in a record asks for caution: the warnings of the report's page."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sedjax import _null
+from sedjax._html import listed, percent, steps_text
+from sedjax._summary import Facts
+from sedjax._types import Status, explain
+
+_USUAL_MOMENTUM = 0.9
+
+
+def warnings(facts: Facts) -> list[tuple[str, str]]:
+  """What asks for caution, as (title, plain text), each only where its cause is there."""
+  sums, every = facts.sums, facts.every
+  notes = []
+  never = sums.full.sum(0) == 0  # [window, group]
+  if never.any():
+    notes.append(("Window not full.", f"It never fills for {_places(facts, never)}, so there is no edge to look for: "
+                  "the record is too short, or the group has no updates."))  # fmt: skip
+  if every is not None and every < facts.window:
+    notes.append((
+      "Short rows.",
+      f"A row sums {steps_text(int(every))}, fewer than the window’s {facts.window} rows. Neighbouring rows are then "
+      "alike by the optimizer’s momentum alone, and a window sees little of the path; a larger "
+      "every= shows slower motion.",
+    ))  # fmt: skip
+  note = _momentum_note(facts)
+  if note:
+    notes.append(note)
+  titles = {
+    Status.BELOW_FLOOR: "Below float32’s floor.",
+    Status.LOW_EFFECTIVE_DIM: "Effective dimension low.",
+    Status.PARTIAL_ROW: "Rows of unequal length.",
+    Status.NONFINITE_SKIPPED: "Steps skipped: not finite.",
+    Status.ZERO_SKIPPED: "Steps skipped: zero updates.",
+    Status.CANCELLATION: "Rounding.",
+    Status.UNTRACKED: "Untracked leaves.",
+    Status.UNKNOWN_GROUP: "Unknown group.",
+    Status.MAP_CHANGED: "The map changed.",
+  }
+  for bit, title in titles.items():
+    counts = sums.bits[..., int(bit).bit_length() - 1].sum(0)  # [window, group]
+    if not counts.any():
+      continue
+    total = sums.rows * len(facts.seeds)
+    here = int(counts[facts.place])
+    where = f" In {percent(here, total)} of the reports of {facts.whole}." if here else ""
+    if not here:
+      where = f" Not in {facts.whole}, but in {_places(facts, counts > 0)}."
+    elif len(facts.groups) > 1 and 0 < (counts > 0).sum() < counts.size:
+      where = f"{where[:-1]}, and in {int((counts > 0).sum()) - 1} of the other windows and groups."
+    skipped = {Status.NONFINITE_SKIPPED: "skipped_nonfinite", Status.ZERO_SKIPPED: "skipped_zero"}.get(bit)
+    if skipped in facts.chosen and here:
+      most = int(facts.chosen[skipped].values.max())
+      where += f" {steps_text(most)} in all{' in the seed with the most' if len(facts.seeds) > 1 else ''}."
+    if bit == Status.LOW_EFFECTIVE_DIM:
+      lowest = sums.least_dim.min(0)
+      where += f" The least is {lowest.min():,.0f}."
+    notes.append((title, explain(int(bit)) + where))
+  odd = sums.missing.sum(0)
+  if odd.any():
+    notes.append(("Values missing.", f"The gap ratio is NaN or infinite in {odd.sum():,} reports, for "
+                  f"{_places(facts, odd > 0)}; these are left out."))  # fmt: skip
+  unknown = sum(int(sums.bits[..., bit].sum() > 0) for bit in range(32) if 1 << bit >= 2 * max(Status))
+  if unknown:
+    notes.append(("Unknown status.", "Reports carry status bits that this version of sedjax does not know."))
+  return notes
+
+
+def _places(facts: Facts, mask: np.ndarray) -> str:
+  """Plain text: which windows of which groups."""
+  if mask.all() and mask.size > 1:
+    return "any window of any group"
+  found = []
+  for w, window in enumerate(facts.windows):
+    names = [group for g, group in enumerate(facts.groups) if mask[w, g]]
+    if len(names) == len(facts.groups):
+      found.append(f"window {window}")
+    elif names:
+      found.append(f"window {window} of {listed(names, 4)}")
+  return listed(found, 4)
+
+
+def _momentum_note(facts: Facts) -> tuple[str, str] | None:
+  """Where noise of an optimizer's momentum accounts for what is seen; None where it does not."""
+  full = facts.filled
+  every, momentum = int(facts.every or 1), facts.momentum or 0.0
+  if not full.any() or not 0 <= momentum < 1:
+    return None
+  if momentum and "pc1_fraction" in facts.chosen:
+    values = np.linalg.eigvalsh(_null.row_covariance(facts.window, momentum, every))
+    expected = float(values[-1] / values.sum())
+    seen = float(np.median(facts.chosen["pc1_fraction"].values[:, :, 0, 0][full]))
+    if expected > 1.5 / facts.window and seen < 1.1 * expected:
+      return (
+        "Momentum explains PC1.",
+        f"σ₁² has a share of {percent(seen)} in the median window, and noise with momentum {momentum:g} in rows of "
+        f"{steps_text(every)} already has {percent(expected)}.",
+      )
+  if not momentum:
+    grid, means, deviations = _null.noise_ratios(facts.window, _USUAL_MOMENTUM, every)
+    limits = np.exp(means + _null.ENTER * deviations)
+    dims = facts.chosen["effective_dim"].values[:, :, 0, 0] if "effective_dim" in facts.chosen else np.full(
+      facts.gap.shape, 2.0 ** grid[-1])  # fmt: skip
+    at = np.abs(np.log2(np.maximum(dims, 1))[..., None] - grid).argmin(-1)
+    limit = limits[at, np.maximum(facts.k_star, 1) - 1]
+    edges = full & (facts.gap > facts.null)
+    doubtful = edges & (facts.gap <= limit)
+    if doubtful.sum() > 0.5 * edges.sum() > 0:
+      said = "records momentum 0" if facts.momentum == 0 else "does not record the optimizer’s momentum"
+      return (
+        "Momentum may explain the edge.",
+        f"The record {said}. If the optimizer has momentum {_USUAL_MOMENTUM:g}, noise shows as much in "
+        f"{percent(doubtful.sum(), edges.sum())} of the windows that are counted as edges: pass momentum= to the "
+        "tracker.",
+      )
+  return None
