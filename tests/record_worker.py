@@ -88,6 +88,7 @@ def main(folder, kills, seed):
   counts, conversion = collections.Counter(), 0.3
   for kill in range(kills):
     path = pathlib.Path(folder) / f"run{kill // KILLS_A_RECORD}.nc"
+    partial, journal = (path.with_name(path.name + end) for end in (".partial", ".journal"))
     if kill % KILLS_A_RECORD == 0:
       rows, reported = 0, set()  # steps of which row and loss were flushed
     first = max(0, rows - rng.choice([0, 0, 0, 1, 5]))
@@ -101,8 +102,9 @@ def main(folder, kills, seed):
         os._exit(1)
     os.close(writable)
     with open(readable) as file:
-      # At any moment; while the file is made of the journal; about when the one replaced the other.
-      when = rng.choice(["any", "closing", "closed"])
+      # At any moment; while the file is made of the journal, from what it took last time or from what is seen of it;
+      # about when the one replaced the other.
+      when = rng.choice(["any", "closing", "half closed", "closed"])
       if when == "any":
         time.sleep(rng.uniform(0, 0.3))
         told = []
@@ -111,6 +113,10 @@ def main(folder, kills, seed):
         start = time.perf_counter()
         if when == "closing":
           time.sleep(rng.uniform(0, 1.1 * conversion))
+        elif when == "half closed":
+          while not partial.exists() and time.perf_counter() - start < 2 * conversion:
+            time.sleep(0.001)
+          time.sleep(rng.uniform(0, 0.3 * conversion))
         else:
           told += wait_for(file, "closed")
           conversion = time.perf_counter() - start
@@ -121,7 +127,6 @@ def main(folder, kills, seed):
       told += file.read().split()
     told = [line for line in told if line.isdigit()]
     # A writer that goes back replaces the rows from there on, at its first row.
-    partial, journal = (path.with_name(path.name + end) for end in (".partial", ".journal"))
     counts["in the conversion"] += partial.exists()
     counts["with a journal"] += journal.exists() and journal.stat().st_size > 0
     counts["with a file"] += path.exists()
