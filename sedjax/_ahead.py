@@ -114,7 +114,7 @@ class Progress:
 
   def __init__(self, show: bool, total: int, done: int):
     self._bar = None
-    if not show or not sys.stderr.isatty():
+    if not show or sys.stderr is None or not sys.stderr.isatty():
       return
     try:
       from rich import console, progress

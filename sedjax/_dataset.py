@@ -45,6 +45,8 @@ FIELDS = {
   "skipped_zero": ("steps of zero update left out", "1"),
   "status": ("status bits", "1"),
 }
+# Attributes that NetCDF or the record itself has.
+RESERVED = ("record_version", "DIMENSION_LIST", "REFERENCE_LIST", "CLASS", "NAME", "_Netcdf4Dimid", "_NCProperties")
 DTYPES = {name: "<i4" for name in core.INTEGERS} | {"edge_ambiguous": "?"}
 
 
@@ -97,10 +99,18 @@ def to_dataset(
     "step": ("step", at, {"long_name": "optimizer step", "units": "steps"}),
     "seed": ("seed", np.asarray(seeds)),
     "window": ("window", np.asarray(windows, np.int64), {"long_name": "window", "units": "rows"}),
-    "group": ("group", np.asarray(groups, object)),
+    "group": ("group", np.asarray([storable(name) for name in groups], object)),
     "index": ("index", index, {"long_name": "place k in the spectrum", "units": "1"}),
   }
-  return xr.Dataset(variables, coords, {"record_version": VERSION, **(attrs or {})})
+  attrs = {name: storable(value) for name, value in (attrs or {}).items()}
+  return xr.Dataset(variables, coords, {"record_version": VERSION, **attrs})
+
+
+def storable(value: Any) -> Any:
+  """Text as HDF5 can store it, without NUL and halves of characters; anything else as it is."""
+  if not isinstance(value, str):
+    return value
+  return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 def arrange(reports: Report, sizes: Mapping[str, int], windows: Sequence[int]) -> dict[str, np.ndarray]:

@@ -36,6 +36,7 @@ _HEAD = struct.Struct("<IIc")  # length of what follows, CRC-32 of it (of a row:
 _ROW = struct.Struct("<qIH")  # step, CRC-32 of all values, number of fields; the fields' CRC-32s come next
 SESSION, ROW, NOTE = b"S", b"R", b"N"
 FORMAT = "sedjax record"
+_BEGINNING = SESSION + b'{"format": "%s"' % FORMAT.encode()  # of a journal, from the kind of its first frame on
 CHECKED = 2**28  # bytes at the end of a journal whose rows are checked whole when it is opened
 _LONGEST = 2**20  # of the first frame; of others a multiple of the longest before
 _SEARCHED = 2**24  # bytes at a time, after damage
@@ -230,6 +231,10 @@ class Journal:
     try:
       with open(self._fd, "rb", closefd=False) as file:
         self.found = read(file)
+        if self.found is None and not _BEGINNING.startswith(
+          file.read(_HEAD.size + 64)[_HEAD.size - 1 :][: len(_BEGINNING)]
+        ):
+          raise ValueError(f"{path} is no journal; move it away")
       warn_of_damage(path, self.found)
       # What follows is a frame torn by a kill.
       os.ftruncate(self._fd, self.found.end if self.found else 0)

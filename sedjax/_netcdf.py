@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import itertools
+import multiprocessing.pool
 import os
 import shutil
 import zlib
@@ -165,8 +165,13 @@ def parts_of(old: xr.Dataset, contents: Contents) -> Parts:
     new = contents.series.get(name, [])
     if new:
       steps = np.concatenate([steps, np.asarray([step for step, _ in new], np.int64)])
-      added = np.asarray([value for _, value in new], np.float64)
-      values = added if values is None or not len(values) else np.concatenate([values, added])
+      added = _over_seeds([value for _, value in new])
+      if values is None or not len(values):
+        values = added
+      elif values.ndim == added.ndim:
+        values = np.concatenate([values, added])
+      else:
+        values = _over_seeds([*values.tolist(), *added.tolist()])
     assert values is not None
     series[name] = (steps, values)
   events: list[tuple[int, str]] = []
@@ -178,6 +183,12 @@ def parts_of(old: xr.Dataset, contents: Contents) -> Parts:
   first = {name: old.attrs[name] for name in ("created",) if name in old.attrs}
   known = "event" in old or contents.events
   return Parts(keep, series, events if known else None, {**old.attrs, **contents.layout["attrs"], **first})
+
+
+def _over_seeds(values: list[Any]) -> np.ndarray:
+  """float64[n], or [n, seed] where there are arrays; a number among them is that of all seeds."""
+  seeds = max((len(value) for value in values if isinstance(value, list)), default=0)
+  return np.asarray([np.broadcast_to(value, (seeds,)) if seeds else value for value in values], np.float64)
 
 
 def _series_variables(name: str, steps: np.ndarray, values: np.ndarray) -> dict[str, xr.Variable]:
@@ -292,7 +303,8 @@ def _extend(file: Any, parts: Parts, rows: Rows) -> None:
 def _write_fields(file: h5py.File, keep: int, rows: Rows) -> None:
   """Writes the rows after the first `keep` steps. h5netcdf would take longer to check flags than all else takes."""
   total = keep + len(rows)
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+  # A pool of concurrent.futures starts no threads at the program's exit, where records are closed that no one closed.
+  with multiprocessing.pool.ThreadPool() as threads:
     for name, (dtype, shape) in rows.fields.items():
       start, dataset = keep, file[name]
       assert isinstance(dataset, h5py.Dataset)
@@ -308,7 +320,9 @@ def _write_fields(file: h5py.File, keep: int, rows: Rows) -> None:
         start = stop
 
 
-def _write_chunks(dataset: h5py.Dataset, start: int, block: np.ndarray, threads: concurrent.futures.Executor) -> None:
+def _write_chunks(
+  dataset: h5py.Dataset, start: int, block: np.ndarray, threads: multiprocessing.pool.ThreadPool
+) -> None:
   """Writes whole chunks from step `start` on, compressed as `FAST` says; HDF5 does that in one thread."""
   chunk = dataset.chunks
   assert chunk
@@ -324,5 +338,5 @@ def _write_chunks(dataset: h5py.Dataset, start: int, block: np.ndarray, threads:
 
   axes = (range(0, size, step) for size, step in zip(block.shape[1:], chunk[1:], strict=True))
   places = list(itertools.product(*axes))
-  for place, data in zip(places, threads.map(packed, places), strict=True):
+  for place, data in zip(places, threads.imap(packed, places), strict=True):
     dataset.id.write_direct_chunk((start, *place), data)

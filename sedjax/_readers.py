@@ -23,7 +23,9 @@ import numpy as np
 
 # Keys under which training scripts keep the parameters beside an optimizer's state.
 _MODEL_KEYS = ("params", "model", "model_state_dict", "state_dict")
+_MODULE_KEYS = ("net", "network", "module")  # which modules have, too
 _TRAINING = re.compile(r"opt|sched|step|epoch|iter|rng|loss|scaler|stats")
+_OPTIMIZER = re.compile(r"optim|^opt(_|$)")
 # What PyTorch mapped and touched counts as the process's memory until it is unmapped.
 _MAPPED = 2**28
 
@@ -255,14 +257,16 @@ class NpzReader(Reader):
       info = TensorInfo(shape, None, "it holds pickled objects, which are not loaded, since they could run code")
     elif dtype.kind not in "fciub":
       info = TensorInfo(shape, None, f"dtype {dtype} is no number; save bfloat16 as float32")
+    elif dtype.itemsize > (16 if dtype.kind == "c" else 8):
+      info = TensorInfo(shape, None, f"dtype {dtype} cannot be read")
     else:
-      info = TensorInfo(shape, dtype)
+      info = TensorInfo(shape, dtype.newbyteorder("="))
       if at + info.size * dtype.itemsize != member.file_size:
         raise ReadError(f"array {name!r} of shape {shape} and dtype {dtype} has {member.file_size - at} bytes")
-    self.tensors[name], self._members[name] = info, (member, at, fortran)
+    self.tensors[name], self._members[name] = info, (member, at, fortran, not dtype.isnative)
 
   def read(self, name: str, start: int, out: np.ndarray) -> None:
-    member, at, fortran = self._members[name]
+    member, at, fortran, swapped = self._members[name]
     with _told_as("npz file"), self._zip.open(member) as file:
       file.seek(at + (0 if fortran else start * out.itemsize))
       if fortran and len(self.tensors[name].shape) > 1:
@@ -272,6 +276,8 @@ class NpzReader(Reader):
       else:
         _fill(file, out)
         file.read(1)  # at the end, zipfile compares the checksum
+    if swapped:
+      out.byteswap(inplace=True)
 
   def close(self) -> None:
     self._zip.close()
@@ -310,13 +316,13 @@ class TorchReader(Reader):
         raise ReadError(f"it holds a {type(loaded).__name__}, not a dict of tensors")
       self._tensors: dict[str, Any] = {}
       self.tensors, self._touched = {}, 0
-      inside = _model_key(loaded, lambda value: isinstance(value, torch.Tensor), anywhere=True)
+      inside = _model_keys(loaded, lambda value: isinstance(value, torch.Tensor), anywhere=True)
       for names, value in _flatten(loaded):
         if isinstance(value, torch.Tensor):
-          outside = inside is not None and names[0] != inside
-          name = ".".join(names[1:] if inside is not None and not outside else names)
+          names, why_not = _within(names, inside)
+          name = _new(".".join(names), self.tensors)
           self._tensors[name] = value.detach()
-          self.tensors[name] = _torch_info(value, f"outside of {inside!r}" if outside else "")
+          self.tensors[name] = _torch_info(value, why_not)
 
   def read(self, name: str, start: int, out: np.ndarray) -> None:
     with _told_as("PyTorch file"):
@@ -342,7 +348,9 @@ def _torch_info(tensor: Any, why_not: str) -> TensorInfo:
   dtype = _torch_dtype(tensor.dtype)
   if dtype is None:
     return TensorInfo(shape, None, why_not or f"dtype {tensor.dtype} cannot be read")
-  storage = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), shape, tensor.stride())
+  if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+    return TensorInfo(shape, None, why_not or "it repeats fewer numbers, as torch.Tensor.expand does")
+  storage = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel())
   return TensorInfo(shape, dtype, why_not, storage if tensor.numel() else None)
 
 
@@ -387,19 +395,19 @@ class OrbaxReader(Reader):
       self._tree: Any = getattr(found, "tree", found)
       if self._tree is None:  # orbax logs why, and goes on
         raise ReadError("it is a damaged orbax checkpoint, whose metadata cannot be read")
-      inside = _model_key(self._tree, lambda value: hasattr(value, "shape"), anywhere=False)
+      inside = _model_keys(self._tree, lambda value: hasattr(value, "shape"), anywhere=False)
+      self._in_lists = _has_lists(self._tree)
       self.tensors, self._keys = {}, {}
-      for names, value in _flatten(self._tree):
-        outside = inside is not None and names[0] != inside
-        name = "/".join(names[1:] if inside is not None and not outside else names)
+      for keys, value in _flatten(self._tree):
         shape = getattr(value, "shape", None)
         if shape is None or getattr(value, "dtype", None) is None:
           continue
-        why_not = f"outside of {inside!r}" if outside else ""
+        names, why_not = _within(keys, inside)
+        name = _new("/".join(names), self.tensors)
         if type(value).__name__ == "ScalarMetadata":
           why_not = why_not or "it is a Python number"
         self.tensors[name] = TensorInfo(tuple(shape), np.dtype(value.dtype), why_not)
-        self._keys[name] = names
+        self._keys[name] = keys
       del jax
     self._last: tuple[str, np.ndarray] | None = None
 
@@ -416,9 +424,9 @@ class OrbaxReader(Reader):
   def _restore(self, name: str) -> np.ndarray:
     ocp, keys = self._ocp, self._keys[name]
     args = ocp.args.PyTreeRestore(
-      item=_only(self._tree, keys, np.zeros(())),
-      restore_args=_only(self._tree, keys, ocp.RestoreArgs(restore_type=np.ndarray)),
-      partial_restore=True,
+      item=_only(self._tree, keys, np.zeros(()), self._in_lists),
+      restore_args=_only(self._tree, keys, ocp.RestoreArgs(restore_type=np.ndarray), self._in_lists),
+      partial_restore=not self._in_lists,
     )
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")
@@ -434,14 +442,28 @@ class OrbaxReader(Reader):
     self._handler.close()
 
 
-def _only(tree: Any, keys: tuple[str, ...], leaf: Any) -> Any:
-  """The part of a tree of dicts and lists that leads to one leaf."""
+def _only(tree: Any, keys: tuple[str, ...], leaf: Any, whole: bool) -> Any:
+  """The part of a tree that leads to one leaf; or all of it with placeholders, as orbax wants it where there are lists.
+
+  It takes longer over those.
+  """
   if not keys:
     return leaf
   if isinstance(tree, Mapping):
-    key = next(key for key in tree if str(key) == keys[0])
-    return {key: _only(tree[key], keys[1:], leaf)}
-  return [_only(item, keys[1:], leaf) if str(i) == keys[0] else ... for i, item in enumerate(tree)]
+    own = next(key for key in tree if str(key) == keys[0])
+    others = {key: _placeholders(value) for key, value in tree.items()} if whole else {}
+    return others | {own: _only(tree[own], keys[1:], leaf, whole)}
+  return [_only(x, keys[1:], leaf, whole) if str(i) == keys[0] else _placeholders(x) for i, x in enumerate(tree)]
+
+
+def _placeholders(tree: Any) -> Any:
+  if isinstance(tree, Mapping):
+    return {key: _placeholders(value) for key, value in tree.items()}
+  return [_placeholders(value) for value in tree] if _is_list(tree) else ...
+
+
+def _has_lists(tree: Any) -> bool:
+  return _is_list(tree) or (isinstance(tree, Mapping) and any(map(_has_lists, tree.values())))
 
 
 # ---- trees ----
@@ -452,27 +474,53 @@ def _flatten(tree: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
   if isinstance(tree, Mapping):
     for key, value in tree.items():
       yield from _flatten(value, (*names, str(key)))
-  elif isinstance(tree, list | tuple) and not hasattr(tree, "shape"):
+  elif _is_list(tree):
     for i, value in enumerate(tree):
       yield from _flatten(value, (*names, str(i)))
   elif names:
     yield names, tree
 
 
-def _model_key(tree: Any, is_tensor: Any, anywhere: bool) -> str | None:
-  """The key under which a training state keeps the parameters; None where the tree is the parameters.
+def _is_list(tree: Any) -> bool:
+  return isinstance(tree, list | tuple) and not hasattr(tree, "shape")
 
-  A tree with tensors at its top is the parameters. Where `anywhere` is False, a submodule may have the usual name, too,
-  unless it is "params" or something beside it belongs to training.
+
+def _model_keys(tree: Any, is_tensor: Any, anywhere: bool) -> tuple[str, ...] | None:
+  """The keys under which a training state keeps the parameters; None where the tree is the parameters.
+
+  Those are under one of the usual names, beside which something belongs to training. Without it a submodule may have
+  the name, unless it is "params", or `anywhere` is True, there are no tensors beside it, and modules seldom have it.
   """
-  if not isinstance(tree, Mapping) or (anywhere and any(map(is_tensor, tree.values()))):
+  if not isinstance(tree, Mapping):
     return None
-  for key in _MODEL_KEYS:
-    if isinstance(tree.get(key), Mapping) and any(is_tensor(value) for _, value in _flatten(tree[key])):
-      others = [str(other) for other in tree if other != key]
-      if anywhere or key == "params" or any(_TRAINING.search(other) for other in others):
-        return key
+  inner = {str(key): value for key, value in tree.items() if isinstance(value, Mapping)}
+  full = [key for key, value in inner.items() if any(is_tensor(x) for _, x in _flatten(value))]
+  for key in (*_MODEL_KEYS, *_MODULE_KEYS):
+    if key in full:
+      alone = anywhere and not any(map(is_tensor, tree.values())) and (key in _MODEL_KEYS or full == [key])
+      if alone or key == "params" or any(_TRAINING.search(str(other)) for other in tree if other != key):
+        return (key,)
+  if len(inner) == 1:
+    ((key, only),) = inner.items()
+    found = _model_keys(only, is_tensor, False)
+    return None if found is None else (key, *found)
   return None
+
+
+def _within(names: tuple[str, ...], inside: tuple[str, ...] | None) -> tuple[tuple[str, ...], str]:
+  """A tensor's names within the model, or all of them and why it is not one of the model."""
+  if inside is not None and names[: len(inside)] != inside:
+    return names, f"outside of {'/'.join(inside)!r}"
+  if inside is None and len(names) > 1 and _OPTIMIZER.search(names[0]):
+    return names, "outside of the model, as its name says"
+  return names[len(inside or ()) :], ""
+
+
+def _new(name: str, known: Mapping[str, Any]) -> str:
+  """The name, which no other tensor may have."""
+  if name in known:
+    raise ReadError(f"two tensors are named {name!r}, by names within names; rename one")
+  return name
 
 
 # ---- all formats ----
@@ -501,6 +549,8 @@ def open_checkpoint(path: pathlib.Path) -> Reader:
     raise ReadError("it does not exist")
   if path.is_dir():
     return OrbaxReader(path)
+  if not path.is_file():
+    raise ReadError("it is neither a file nor a folder")
   if path.name.endswith(".index.json"):
     return ShardedReader(path)
   readers = {".safetensors": SafetensorsReader, ".npz": NpzReader}

@@ -26,9 +26,9 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _REST = "rest"
 # By what follows in a path: why a tensor is a buffer.
 _BUFFERS = {
-  r"running_(mean|var)$|num_batches_tracked$|^batch_stats/|/batch_stats/": "running statistics",
-  r"inv_freq$|rotary.*/(cos|sin)_cached$|(cos|sin)_cached$|freqs_(cis|cos|sin)$": "a rotary table",
-  r"(attn|attention)/masked_bias$": "a causal mask",
+  r"(running|moving)_(mean|var|variance)$|num_batches_tracked$|(^|/)batch_stats/": "running statistics",
+  r"inv_freq$|(cos|sin)_cached$|freqs_(cis|cos|sin)$|(rope|rotary)[^/]*/(cos|sin|freqs|cache)$": "a rotary table",
+  r"(attn|attention)/(masked_bias|mask)$|(^|/)(causal|attn|attention)_mask$|(^|/)tril$": "a causal mask",
 }
 _MASK = re.compile(r"(attn|attention|attn/attention)/bias$")  # with two axes or more; with one it is a parameter
 _EMBEDDING = re.compile(r"wte|emb|tok", re.IGNORECASE)
@@ -89,7 +89,10 @@ def _paths(tensors: Iterable[str], rename: tuple[tuple[str, str], ...]) -> dict[
   for name, parts in zip(names, split, strict=True):
     path = "/".join(parts)
     for pattern, replacement in rename:
-      path = re.sub(pattern, replacement, path)
+      try:
+        path = re.sub(pattern, replacement, path)
+      except (re.error, IndexError) as error:
+        raise CheckpointError(f"sedjax analyze: rename cannot put {replacement!r} for {pattern!r} ({error}).") from None
     if path in paths:
       raise ReadError(f"tensors {paths[path]!r} and {name!r} both have the path {path!r}; check rename")
     paths[path] = name
@@ -183,8 +186,8 @@ def _tied(first: Reading, last: Reading, paths: list[str]) -> dict[str, str]:
   alike: dict[Any, list[str]] = collections.defaultdict(list)
   for path in paths:
     info = first.infos[path]
-    if info.storage is not None:
-      alike["storage", info.storage].append(path)
+    if info.storage is not None and path in last.infos:
+      alike["storage", info.storage, last.infos[path].storage].append(path)
     if len(info.shape) > 1 and last.infos.get(path, info)[:2] == info[:2] and path in last.infos:
       alike["shape", info.shape, info.dtype].append(path)
   tied: dict[str, str] = {}
@@ -227,13 +230,15 @@ def select(
   series: list[Entry], config: core.Config, rename: tuple[tuple[str, str], ...], transpose: str | None
 ) -> Selection:
   """What the first checkpoint holds and what of it is tracked."""
-  with contextlib.ExitStack() as stack:
-    first, last = (Reading(entry, rename) for entry in (series[0], series[-1]))
-    stack.callback(first.close)
-    stack.callback(last.close)
+  with contextlib.closing(Reading(series[0], rename)) as first:
     left_out = {path: (info.shape, _why_not(path, info)) for path, info in first.infos.items()}
     paths = sorted((path for path, (_, why) in left_out.items() if not why), key=lambda path: path.split("/"))
-    tied = _tied(first, last, paths)
+    tied: dict[str, str] = {}
+    for entry in reversed(series):  # the last one that is whole: one that is damaged is told when it is reached
+      with contextlib.suppress(*([CheckpointError] if entry != series[0] else [])):
+        with contextlib.closing(Reading(entry, rename)) as last:
+          tied = _tied(first, last, paths)
+        break
   left_out = {path: what for path, what in left_out.items() if what[1]}
   left_out |= {path: (first.infos[path].shape, f"tied to {kept}") for path, kept in tied.items()}
   left_out |= {name: (info.shape, info.why_not) for name, info in first.outside.items()}

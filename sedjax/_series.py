@@ -46,7 +46,7 @@ def find_series(files: Path | Iterable[Path], steps: Sequence[int] | None) -> li
   patterns = [os.fspath(file) for file in ([files] if isinstance(files, str | os.PathLike) else files)]
   found: list[str] = []
   for pattern in patterns:
-    matching = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    matching = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True), key=_by_numbers)
     if not matching:
       what = "no file matches" if glob.has_magic(pattern) else "there is no file"
       raise CheckpointError(f"sedjax analyze: {what} {pattern!r}; quote the pattern and check the folder.")
@@ -62,6 +62,9 @@ def find_series(files: Path | Iterable[Path], steps: Sequence[int] | None) -> li
         raise CheckpointError(
           f"sedjax analyze: the given steps do not ascend: {file} has step {step}, {later} after it step {other}."
         )
+  for file, step in zip(found, numbers, strict=True):
+    if not -(2**63) <= step < 2**63:
+      raise CheckpointError(f"sedjax analyze: {file} has the step {step}, which is no 64-bit number; give steps.")
   series = sorted((Entry(file, step) for file, step in zip(found, numbers, strict=True)), key=lambda entry: entry.step)
   for one, two in itertools.pairwise(series):
     if one.step == two.step:
@@ -69,6 +72,11 @@ def find_series(files: Path | Iterable[Path], steps: Sequence[int] | None) -> li
     if two.step - one.step >= 2**31:
       raise CheckpointError(f"sedjax analyze: from {one.file} to {two.file} there are {two.step - one.step} steps.")
   return series
+
+
+def _by_numbers(file: str) -> list[str | int]:
+  """Sorts step_9 before step_10, as steps that are given for a pattern's files expect."""
+  return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", file))]
 
 
 def _steps_from_names(files: list[str]) -> list[int]:

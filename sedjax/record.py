@@ -27,7 +27,19 @@ import numpy as np
 from jax.core import Tracer
 
 from sedjax import _journal, core
-from sedjax._dataset import DIMS, DTYPES, FIELDS, VERSION, WHOLE, arrange, empty_dataset, provenance, to_dataset
+from sedjax._dataset import (
+  DIMS,
+  DTYPES,
+  FIELDS,
+  RESERVED,
+  VERSION,
+  WHOLE,
+  arrange,
+  empty_dataset,
+  provenance,
+  storable,
+  to_dataset,
+)
 from sedjax._record_files import cannot, check_version, existing_layout, journal_of, layout_of, open_file, rows_of
 from sedjax._transform import find_tracker
 from sedjax._types import Report
@@ -122,6 +134,11 @@ class Recorder:
     self._seeds = None if seeds is None else np.asarray(seeds).tolist()
     self._given = None if windows is None else (list(map(int, windows)), list(groups or [WHOLE]))
     self._attrs, self._sinks = dict(attrs or {}), tuple(sinks)
+    for key in self._attrs:
+      if not isinstance(key, str) or storable(key) != key or not key or key in RESERVED:
+        raise ValueError(
+          f"sedjax.record: an attribute cannot be named {key!r}; the file has no such names, or uses it."
+        )
     try:
       self._journal = _journal.Journal(journal_of(self.path))
     except (OSError, ValueError) as error:
@@ -142,6 +159,8 @@ class Recorder:
     self._begun = self._checked = False  # this session's frame is written; its layout agrees with the record's
     self._held: list[bytes] = []  # what was logged before the first row of a new record
     self._shape: tuple[int, ...] | None = None
+    names = self._layout["seeds"] if self._layout else self._seeds
+    self._seed_count = None if names is None else len(names)  # None until it is known
     self._last: dict[str, int] = {}  # steps, by kind
     self._error: tuple[str, BaseException] | None = None
     self._closed = False
@@ -187,7 +206,7 @@ class Recorder:
 
     Args:
       step: the optimizer step; those of a series ascend.
-      **scalars: numbers or arrays over seeds, on the device or not. A series has one of the two shapes throughout.
+      **scalars: numbers or arrays over seeds, on the device or not. Among arrays a number is that of all seeds.
 
     Raises:
       ValueError: a name that the record uses, steps that do not ascend, or values that are neither.
@@ -196,10 +215,13 @@ class Recorder:
     for name, value in scalars.items():
       if not name.isidentifier() or name.endswith("_step") or name in {*FIELDS, *DIMS, "index", "event"}:
         raise ValueError(f"sedjax.record: a series cannot be named {name!r}; the record uses that name.")
-      if np.ndim(value) > 1 or (not isinstance(value, jax.Array) and np.asarray(value).dtype.kind not in "biuf"):
+      dtype = (value if isinstance(value, jax.Array) else np.asarray(value)).dtype
+      if np.ndim(value) > 1 or not any(jax.numpy.issubdtype(dtype, kind) for kind in (bool, np.integer, np.floating)):
         raise ValueError(f"sedjax.record: {name} must be a number or an array over seeds, got {type(value).__name__}.")
-    for name in scalars:
+    for name, value in scalars.items():
       step = self._next(f"log {name}", step)
+      if np.ndim(value):
+        self._check_seeds(name, len(value))
     if scalars:
       self._last |= {f"log {name}": step for name in scalars}
       self._put(f"the series of step {step}", functools.partial(self._write_series, step, scalars))
@@ -211,7 +233,7 @@ class Recorder:
       RuntimeError: something recorded earlier could not be written.
     """
     self._raise()
-    payload = _journal.note_payload(_step_of(step), {"event": str(text)})
+    payload = _journal.note_payload(_step_of(step), {"event": storable(text)})
     self._put(f"the event of step {step}", functools.partial(self._write_note, payload))
 
   def flush(self) -> None:
@@ -221,6 +243,8 @@ class Recorder:
       RuntimeError: something could not be written.
     """
     self._raise()
+    if self._closed:
+      return
     self._jobs.join()
     self._raise()
     self._journal.sync()
@@ -248,9 +272,10 @@ class Recorder:
           warnings.warn(message, RuntimeWarning, stacklevel=2)
     finally:
       self._journal.close()
-      for sink in self._sinks:
-        if hasattr(sink, "close"):
-          sink.close()  # pyright: ignore[reportFunctionMemberAccess]
+      with contextlib.ExitStack() as stack:  # which closes all, whatever one of them raises
+        for sink in self._sinks:
+          if hasattr(sink, "close"):
+            stack.callback(sink.close)  # pyright: ignore[reportFunctionMemberAccess]
     self._raise()
 
   def __enter__(self) -> Recorder:
@@ -293,11 +318,19 @@ class Recorder:
           f"sedjax.record: the state's windows are {windows}, tracker= says {self._config.windows}; pass the arguments "
           "that track_spectral_edge was given."
         )
+      if self._layout is None:
+        self._check_seeds("the state", seeds)
       numbers = {"seeds": seeds, "groups": shape[-2], "windows": shape[-1]}
       self._must_continue(numbers if windows is None else {**numbers, "windows": list(windows)})
       self._shape = shape
     if shape != self._shape:
       raise ValueError(f"sedjax.record: the reports' shape was {self._shape} and is now {shape}.")
+
+  def _check_seeds(self, what: str, count: int) -> None:
+    if self._seed_count is None:
+      self._seed_count = count
+    if count != self._seed_count:
+      raise ValueError(f"sedjax.record: {what} has {count} seeds, the record has {self._seed_count}.")
 
   def _problem(self, new: Mapping[str, int | list[Any] | None]) -> str | None:
     """How a layout, or the length of an axis of it, differs from that of the record to be continued."""
@@ -390,7 +423,7 @@ class Recorder:
       windows, groups = self._given
     if identity is not None:
       labels, map_id = identity
-      groups = [text or WHOLE for text in core.group_names(labels)]
+      groups = [storable(text) or WHOLE for text in core.group_names(labels)]
       sketch_id = np.reshape(map_id, (-1, map_id.shape[-1]))[0].tolist()
     elif self._tracked:
       sketch_id = list(self._config.sketch.sketch_id)
@@ -403,7 +436,7 @@ class Recorder:
     device = min(devices, key=lambda device: device.id, default=None)
     known = provenance(self._config if self._tracked else None, device)
     own = {"sketch_id": sketch_id} if sketch_id is not None else {}
-    attrs = {name: _plain(x) for name, x in {**known, **own, **self._attrs}.items() if x is not None}
+    attrs = {name: storable(_plain(x)) for name, x in {**known, **own, **self._attrs}.items() if x is not None}
     return {"format": _journal.FORMAT, "version": VERSION, **new, "attrs": attrs}
 
   def _finish(self) -> None:
@@ -515,9 +548,9 @@ def _plain(value: Any) -> Any:
     value = value.tolist()
   if isinstance(value, bool):
     return int(value)
-  if isinstance(value, int | float | str):
+  if isinstance(value, float | str) or (isinstance(value, int) and abs(value) < 2**63):
     return value
-  if isinstance(value, list | tuple) and value and all(isinstance(x, int | float) for x in value):
+  if isinstance(value, list | tuple) and value and all(isinstance(x, int | float) and abs(x) < 2**63 for x in value):
     return list(value)
   return str(value)
 
