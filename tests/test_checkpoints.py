@@ -466,6 +466,34 @@ def test_series_that_make_no_record(tmp_path, files):
     checkpoints.analyze(files, window=3, groups={"(": "a"})
 
 
+def test_given_steps_meet_files_in_the_order_of_their_numbers(tmp_path, series, record):
+  for i, params in enumerate(series):
+    np.savez(tmp_path / f"epoch={i + 5}-step={7 * (i + 5)}.npz", **params)  # 10 comes before 5 in the order of letters
+  steps = range(0, EVERY * len(series), EVERY)
+  assert_same(checkpoints.analyze(str(tmp_path / "*.npz"), window=(3, 5), groups=GROUPS, steps=steps), record)
+
+
+def test_a_damaged_last_checkpoint_keeps_the_rows_before(tmp_path, series, record):
+  pattern = write(tmp_path / "a", series)
+  last = tmp_path / "a" / f"step_{EVERY * (len(series) - 1)}.npz"
+  last.write_bytes(last.read_bytes()[:500])
+  with pytest.raises(checkpoints.CheckpointError, match="damaged"):
+    checkpoints.analyze(pattern, window=(3, 5), groups=GROUPS, out=tmp_path / "run.nc")
+  with open_record(tmp_path / "run.nc") as kept:
+    assert_same(kept, record.isel(step=slice(0, -1)))
+
+
+def test_an_orbax_checkpoint_with_lists(tmp_path, series):
+  import orbax.checkpoint as ocp
+
+  def save(path, params):
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(path, {"layers": [{"w": jnp.asarray(x)} for x in params.values()]})
+
+  found = checkpoints.analyze(write(tmp_path / "a", series, save, ""), window=5)
+  assert found.attrs["parameters_taken"].count("layers/") == len(SHAPES)
+
+
 def test_steps_are_sorted_as_numbers(tmp_path, series, record):
   """Also where names do not sort, and where steps are given."""
   for i, params in enumerate(series):

@@ -554,6 +554,36 @@ def test_series_without_a_row_are_told(tmp_path):
   assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_number_among_arrays_is_that_of_all_seeds(tmp_path, finished):
+  path = tmp_path / "run.nc"
+  recorder = recorder_of(path)
+  recorder.append(1, report_of(1))
+  recorder.log(1, loss=0.5)
+  recorder.log(2, loss=np.array([0.25]))
+  with pytest.raises(ValueError, match="loss has 2 seeds, the record has 1"):
+    recorder.log(3, loss=np.zeros(2))
+  recorder.flush()
+  if finished:
+    recorder.close()
+    recorder.flush()  # has nothing to wait for
+  with open_record(path) as record:
+    np.testing.assert_array_equal(record.loss.values, [[0.5], [0.25]])
+  recorder.close()
+
+
+def test_text_that_hdf5_cannot_store(tmp_path):
+  path = tmp_path / "run.nc"
+  with recorder_of(path, attrs={"note": "a\0b", "large": 2**70}) as recorder:
+    recorder.append(1, report_of(1))
+    recorder.event(1, "half \ud800")
+  with open_record(path) as record:
+    assert record.event.values.tolist() == ["half \\ud800"]
+    assert (record.attrs["note"], record.attrs["large"]) == ("a\\0b", str(2**70))
+  with pytest.raises(ValueError, match="an attribute cannot be named 'record_version'"):
+    recorder_of(tmp_path / "other.nc", attrs={"record_version": 99})
+
+
 def test_steps_ascend(tmp_path):
   with recorder_of(tmp_path / "run.nc") as recorder:
     recorder.append(3, report_of(3))
