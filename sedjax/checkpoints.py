@@ -86,7 +86,8 @@ def analyze(
   Raises:
     CheckpointError: no files, too few for the window, unknown, repeated or descending steps; a file that is missing,
       damaged, or would run code; a tensor that is missing, new, of another shape or dtype, or not finite; a full disk.
-      With `out`, the rows before it are in the record and are not computed again.
+      With `out`, the rows before it are in the record and are not computed again (exact: what was summed is
+      kept, and rows come at the end).
     ValueError: an argument is out of its range.
 
   Cost: one read of the files; the memory of some tens of MiB where safetensors are read, and of two of the largest
