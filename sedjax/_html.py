@@ -19,6 +19,7 @@ _FIGURE_SIZES = ((8.4, 3.7), (4.1, 4.1))  # inches, for wide and for narrow scre
 
 
 def escape(text: Any) -> str:
+  """Text as HTML."""
   return html.escape(str(text), quote=True)
 
 
@@ -43,19 +44,23 @@ def percent(part: float, whole: float = 1) -> str:
 
 
 def steps_text(count: int) -> str:
+  """A number of steps, in words."""
   return f"{count:,} step{'' if count == 1 else 's'}"
 
 
 def listed(items: Sequence[str], most: int = 8) -> str:
+  """The first items with commas and "and", and how many more there are."""
   items = [*items[:most], f"{len(items) - most} more"] if len(items) > most else list(items)
   return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def all_seeds(seeds: int) -> str:
+  """Of two or more seeds, "both" or "all"."""
   return "both seeds" if seeds == 2 else f"all {seeds} seeds"
 
 
 def between(steps: Sequence[int]) -> str:
+  """From the least to the greatest step, in words."""
   low, high = min(steps), max(steps)
   return f"at step {low:,}" if low == high else f"between steps {low:,} and {high:,}"
 

@@ -231,9 +231,8 @@ class Journal:
     try:
       with open(self._fd, "rb", closefd=False) as file:
         self.found = read(file)
-        if self.found is None and not _BEGINNING.startswith(
-          file.read(_HEAD.size + 64)[_HEAD.size - 1 :][: len(_BEGINNING)]
-        ):
+        start = file.read(_HEAD.size - 1 + len(_BEGINNING))[_HEAD.size - 1 :]
+        if self.found is None and not _BEGINNING.startswith(start):
           raise ValueError(f"{path} is no journal; move it away")
       warn_of_damage(path, self.found)
       # What follows is a frame torn by a kill.

@@ -25,6 +25,7 @@ import numpy as np
 _MODEL_KEYS = ("params", "model", "model_state_dict", "state_dict")
 _MODULE_KEYS = ("net", "network", "module")  # which modules have, too
 _TRAINING = re.compile(r"opt|sched|step|epoch|iter|rng|loss|scaler|stats")
+# Keys beside parameters under other names.
 _OPTIMIZER = re.compile(r"optim|^opt(_|$)")
 # What PyTorch mapped and touched counts as the process's memory until it is unmapped.
 _MAPPED = 2**28
@@ -443,9 +444,9 @@ class OrbaxReader(Reader):
 
 
 def _only(tree: Any, keys: tuple[str, ...], leaf: Any, whole: bool) -> Any:
-  """The part of a tree that leads to one leaf; or all of it with placeholders, as orbax wants it where there are lists.
+  """The part of a tree that leads to one leaf, or the whole tree with placeholders for all others.
 
-  It takes longer over those.
+  Orbax wants the whole where there are lists, and takes longer over it.
   """
   if not keys:
     return leaf
@@ -457,6 +458,7 @@ def _only(tree: Any, keys: tuple[str, ...], leaf: Any, whole: bool) -> Any:
 
 
 def _placeholders(tree: Any) -> Any:
+  """The tree with orbax's placeholder for each leaf."""
   if isinstance(tree, Mapping):
     return {key: _placeholders(value) for key, value in tree.items()}
   return [_placeholders(value) for value in tree] if _is_list(tree) else ...

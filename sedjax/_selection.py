@@ -117,6 +117,7 @@ def _why_not(path: str, info: TensorInfo) -> str:
 
 
 def group_function(groups: Groups | None) -> Callable[[str], Hashable | None] | None:
+  """The function that `groups` is, or that its regular expressions make."""
   if groups is None or callable(groups):
     return groups
   try:
@@ -270,6 +271,7 @@ def _summary(lines: Iterable[tuple[str, tuple[int, ...], str]]) -> list[str]:
 
 
 def taken_lines(selection: Selection) -> list[str]:
+  """The tracked tensors, one line for those of one kind."""
   named = selection.config.groups is not None
   return _summary(
     (leaf.path, leaf.shape, f"group {selection.labels[leaf.label]}" if named else "") for leaf in selection.leaves
@@ -277,10 +279,12 @@ def taken_lines(selection: Selection) -> list[str]:
 
 
 def left_out_lines(selection: Selection) -> list[str]:
+  """The other tensors, likewise, and why they are left out."""
   return _summary((path, shape, why) for path, (shape, why) in selection.left_out.items())
 
 
 def say_what_is_read(series: list[Entry], selection: Selection) -> None:
+  """Prints what is taken and what is left out, which the user has to see."""
   numbers = sum(leaf.info.size for leaf in selection.leaves)
   lines = [
     f"{len(series)} checkpoints, steps {series[0].step} to {series[-1].step}",

@@ -27,12 +27,14 @@ class Entry(NamedTuple):
 
 
 def error_at(entry: Entry, tensor: str | None, why: str) -> CheckpointError:
+  """The error that names file, step and tensor."""
   where = f", tensor {tensor!r}" if tensor is not None else ""
   return CheckpointError(f"sedjax analyze: {entry.file} (step {entry.step}){where}: {why}.")
 
 
 @contextlib.contextmanager
 def about(entry: Entry, tensor: str | None = None) -> Iterator[None]:
+  """Turns what reading raises into a CheckpointError that names file, step and tensor."""
   try:
     yield
   except ReadError as error:

@@ -233,7 +233,7 @@ class Recorder:
       RuntimeError: something recorded earlier could not be written.
     """
     self._raise()
-    payload = _journal.note_payload(_step_of(step), {"event": storable(text)})
+    payload = _journal.note_payload(_step_of(step), {"event": storable(str(text))})
     self._put(f"the event of step {step}", functools.partial(self._write_note, payload))
 
   def flush(self) -> None:
@@ -385,10 +385,6 @@ class Recorder:
 
   def _write_series(self, step: int, scalars: Mapping[str, Any]) -> None:
     values = {name: np.asarray(value, np.float64) for name, value in jax.device_get(dict(scalars)).items()}
-    for name, value in values.items():
-      seeds = (len(self._layout["seeds"]),) if self._layout else value.shape
-      if value.shape not in ((), seeds):
-        raise ValueError(f"{name} has {value.size} values, there are {seeds[0]} seeds")
     self._write_note(_journal.note_payload(step, {"series": {name: value.tolist() for name, value in values.items()}}))
     if self._sinks:
       self._tell(step, {tag: x for name, value in values.items() for tag, x in _tagged(name, value, self._layout)})
@@ -548,11 +544,16 @@ def _plain(value: Any) -> Any:
     value = value.tolist()
   if isinstance(value, bool):
     return int(value)
-  if isinstance(value, float | str) or (isinstance(value, int) and abs(value) < 2**63):
+  if isinstance(value, str) or _is_number(value):
     return value
-  if isinstance(value, list | tuple) and value and all(isinstance(x, int | float) and abs(x) < 2**63 for x in value):
+  if isinstance(value, list | tuple) and value and all(map(_is_number, value)):
     return list(value)
   return str(value)
+
+
+def _is_number(value: Any) -> bool:
+  """Whether a file can hold it as a number."""
+  return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _tagged(name: str, values: np.ndarray, layout: Mapping[str, Any] | None) -> Iterable[tuple[str, float]]:

@@ -574,11 +574,13 @@ def test_a_number_among_arrays_is_that_of_all_seeds(tmp_path, finished):
 
 def test_text_that_hdf5_cannot_store(tmp_path):
   path = tmp_path / "run.nc"
-  with recorder_of(path, attrs={"note": "a\0b", "large": 2**70}) as recorder:
+  with recorder_of(path, attrs={"note": "a\0b", "large": 2**70, "limits": [0.5, np.inf]}) as recorder:
     recorder.append(1, report_of(1))
     recorder.event(1, "half \ud800")
+    recorder.event(2, 7)
   with open_record(path) as record:
-    assert record.event.values.tolist() == ["half \\ud800"]
+    assert record.event.values.tolist() == ["half \\ud800", "7"]
+    np.testing.assert_array_equal(record.attrs["limits"], [0.5, np.inf])
     assert (record.attrs["note"], record.attrs["large"]) == ("a\\0b", str(2**70))
   with pytest.raises(ValueError, match="an attribute cannot be named 'record_version'"):
     recorder_of(tmp_path / "other.nc", attrs={"record_version": 99})
