@@ -66,9 +66,9 @@ class Config:
     if self.source not in ("updates", "params"):
       raise ValueError(f"track_spectral_edge: source must be 'updates' or 'params', got {self.source!r}.")
     momentum = self.momentum
-    if isinstance(momentum, bool) or not isinstance(momentum, int | float | np.floating) or not 0 <= momentum < 1:
+    if isinstance(momentum, bool) or not isinstance(momentum, int | float | np.floating) or not 0 <= momentum <= 0.9999:
       raise ValueError(
-        f"track_spectral_edge: momentum must be a float in [0, 1), the optimizer's β₁, got {momentum!r}. {_STATIC}"
+        f"track_spectral_edge: momentum must be a float in [0, 0.9999], the optimizer's β₁, got {momentum!r}. {_STATIC}"
       )
 
   @property

@@ -40,7 +40,7 @@ class Cost:
     state_limit: bytes that the state may take: (W + 3)·d·4 for each group, its history and 64 KiB; for exact rows
       (W + 3) times the updates in float32 instead.
     collectives: (kind, numbers that it gives) of every array that a collective communicates.
-    largest_allowed: numbers that one collective may give: the sketch's dimension d, or what a Gram column needs.
+    largest_allowed: numbers that one collective may give: the sketch's dimension d; for exact rows as `total_allowed`.
     total_allowed: numbers that all collectives together may give, where shardings are known while tracing; else None.
     host_calls: what calls the host.
   """
@@ -152,6 +152,14 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
+def _ring_spec(leaf: Any, ring: Any) -> jax.P:
+  """How the exact rows of a leaf are split; those of a leaf that is not tracked are not."""
+  tracked = ring.shape[ring.ndim - leaf.ndim :] == leaf.shape
+  if not tracked or not isinstance(leaf.sharding, jax.NamedSharding):
+    return jax.P()
+  return jax.P(*(None,) * (ring.ndim - leaf.ndim), *leaf.sharding.spec)
+
+
 def _check(tx: Any, params: Any, mesh: Any, specs: Any) -> Cost:
   state = jax.eval_shape(tx.init, params)
   if not isinstance(state, SpectralEdgeState):
@@ -163,7 +171,7 @@ def _check(tx: Any, params: Any, mesh: Any, specs: Any) -> Cost:
   exact = not isinstance(tracker.rows, jax.ShapeDtypeStruct)
   state_specs = jax.tree.map(lambda _: jax.P(), state)
   if exact and mesh is not None:  # exact rows are split as the parameters are
-    split = jax.tree.map(lambda leaf: jax.P(None, *leaf.sharding.spec), params)
+    split = jax.tree.map(_ring_spec, params, tracker.rows)
     base = split if tracker.base else ()
     named = {name: old._replace(rows=split, base=base) for name, old in state_specs.trackers.items()}
     state_specs = SpectralEdgeState(named)
@@ -197,6 +205,8 @@ def _check(tx: Any, params: Any, mesh: Any, specs: Any) -> Cost:
   labels = 0 if exact else tracker.rows.shape[-2]
   known = specs is not None or any(_placement.explicit_spec(leaf)[1] for leaf in jax.tree.leaves(params))
   row = sum(4 * _share(leaf) for leaf in jax.tree.leaves(params)) if exact else 4 * dim * labels
+  # Of exact rows: a Gram column in three parts, two sums and a largest number for each group, and two numbers more.
+  moved = (3 * slots + 3) * groups + 2 if exact else 2 * dim * labels + slots**2 * groups
   passes = 0 if mesh is None else _SKETCH_PASSES * 4 * dim * len(jax.tree.leaves(params))
   return Cost(
     platform=platform,
@@ -207,7 +217,7 @@ def _check(tx: Any, params: Any, mesh: Any, specs: Any) -> Cost:
     state_bytes=_nbytes(state),
     state_limit=(slots + 2) * row + _nbytes(tracker.history) + 2**16,
     collectives=collectives_of(program),
-    largest_allowed=slots**2 * groups if exact else dim,
-    total_allowed=2 * dim * labels + slots**2 * groups if known else None,
+    largest_allowed=moved if exact else dim,
+    total_allowed=moved if known else None,
     host_calls=tuple(sorted({a or b for a, b in _HOST.findall(program)})),
   )

@@ -211,7 +211,7 @@ def part_of(x: jax.Array, part: int | None, grid: Any) -> jax.Array:
   """float32: x itself, or its multiple of `grid` (part 0), or what that leaves (part 1); part WIDE: x in float64."""
   if part is None or part == WIDE:
     return x.astype(sum_dtype(part))
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
   # The grid is a power of two: a product is exact, and XLA would store the quotients of a whole leaf.
   coarse = jnp.round(x * (1 / grid.astype(x.dtype))) * grid.astype(x.dtype)
   return (x - coarse if part else coarse).astype(jnp.float32)

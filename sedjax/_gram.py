@@ -7,6 +7,7 @@ singular values accurate to 2e-5 down to 1/30 of the largest (a float32 Gram mat
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -113,6 +114,9 @@ def _round_robin(size: int) -> np.ndarray:
   return np.stack(rounds)
 
 
+# Under jit, as where else NumPy makes a table: it would be an operand of a `cond` on no mesh, which fails where seeds
+# lie over an explicit axis.
+@functools.partial(jax.jit, static_argnames="sweeps")
 def _jacobi(matrix: jax.Array, sweeps: int) -> jax.Array:
   """Diagonal of a nearly diagonal symmetric matrix after Jacobi sweeps, accurate relative to each eigenvalue."""
   size = matrix.shape[0] + matrix.shape[0] % 2
@@ -177,6 +181,7 @@ def _tridiagonal(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.diagonal(matrix), jnp.diagonal(matrix, 1) ** 2
 
 
+@jax.jit
 def _tridiagonal_values(diagonal: jax.Array, squares: jax.Array) -> jax.Array:
   """Eigenvalues, ascending, by the signs of Sturm's sequence at 15 places at once for each, seven times over."""
   size = diagonal.shape[0]

@@ -63,7 +63,7 @@ def layout_of(
   """
   with_paths = jax.tree_util.tree_leaves_with_path(tree)
   paths = normalised_paths([path for path, _ in with_paths])
-  leaves = tuple(leaf for _, leaf in with_paths)
+  leaves = tuple(jnp.asarray(leaf) if isinstance(leaf, float | complex) else leaf for _, leaf in with_paths)
   if specs is None:
     placed = [_placement.explicit_spec(leaf) if is_inexact(leaf) else ((), None) for leaf in leaves]
     splits, meshes = tuple(spec for spec, _ in placed), [mesh for _, mesh in placed if mesh is not None]
@@ -93,8 +93,8 @@ def layout_of(
   encoded = {tuple(encode_label(label)) for label in labels}
   if len(encoded) < len(labels):
     raise ValueError(
-      f"track_spectral_edge: groups returned labels whose text agrees (in its first {4 * LABEL_WORDS} bytes), got "
-      f"{sorted(map(repr, labels))}; return labels that read differently."
+      f"track_spectral_edge: groups returned labels whose text agrees, got {sorted(map(repr, labels))}; return labels "
+      "that read differently."
     )
   return Layout(paths, leaves, tuple(group), tuple(labels), *where)
 
@@ -110,11 +110,16 @@ def tree_id(layout: Layout) -> int:
 
 
 def encode_label(label: Hashable) -> np.ndarray:
-  """int32[16]: the first 64 bytes of a label's text."""
-  text = (label if isinstance(label, str) else repr(label)).encode()
-  return np.frombuffer(text[: 4 * LABEL_WORDS].ljust(4 * LABEL_WORDS, b"\0"), "<i4").astype(np.int32)
+  """int32[16]: a label's text in 64 bytes; of a longer one the beginning, and a checksum of all of it."""
+  label = label.item() if isinstance(label, np.generic) else label
+  text = (label if isinstance(label, str) else repr(label)).encode(errors="backslashreplace")
+  size = 4 * LABEL_WORDS
+  if len(text) > size:
+    end = f"…{zlib.crc32(text):08x}".encode()
+    text = text[: size - len(end)].decode(errors="ignore").encode() + end
+  return np.frombuffer(text.ljust(size, b"\0"), "<i4").astype(np.int32)
 
 
 def decode_label(words: Any) -> str:
-  """The text that `encode_label` stored, as far as it fits."""
+  """The text that `encode_label` stored."""
   return np.asarray(words, "<i4").tobytes().rstrip(b"\0").decode(errors="replace")

@@ -101,6 +101,8 @@ def migrate(old_state: Any, new_state: Any) -> Any:
 def _carry(name: str, old: TrackerState, new: TrackerState) -> TrackerState:
   if any(isinstance(state.counters, Tracer) for state in (old, new)):
     raise ValueError("sedjax.migrate: the states are traced, so they cannot be compared; call it outside jit and vmap.")
+  if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((old, new))):
+    raise ValueError("sedjax.migrate: a state is abstract, so there is nothing to carry; give two states of arrays.")
   lead = old.counters.ndim - 1
   same_map = old.labels.shape == new.labels.shape and np.array_equal(map_id_of(old), map_id_of(new))
   same_rows = jax.tree.structure((old.rows, old.base)) == jax.tree.structure((new.rows, new.base))

@@ -69,9 +69,15 @@ def step_phase(
   drops = (rising | flat) & (ratio < _HOLD * peak)
   settles = rising & settled
   stays_out = outside & ~begins
-  conditions = [gone | stays_out, begins, drops, settles]
-  phases = [Phase.NO_EDGE, Phase.RISE, Phase.COLLAPSE, Phase.PLATEAU]
-  phase = jnp.select(conditions, [jnp.full_like(was, p) for p in phases], was)
+  phase = was
+  # From the last to the first, which outweighs the others. (`jnp.select` fails for seeds over an explicit mesh axis.)
+  for condition, to in (
+    (settles, Phase.PLATEAU),
+    (drops, Phase.COLLAPSE),
+    (begins, Phase.RISE),
+    (gone | stays_out, Phase.NO_EDGE),
+  ):
+    phase = jnp.where(condition, int(to), phase)
   changed = phase != was
   new = PhaseState(
     phase=phase,

@@ -44,6 +44,28 @@ def explicit_spec(leaf: Any) -> tuple[Spec, Any]:
   return spec, mesh
 
 
+def explicit_mesh(leaves: Sequence[Any]) -> Any:
+  """The mesh of explicit axes on which leaves lie, split or not; None where there is none."""
+  for leaf in leaves:
+    sharding = getattr(leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf), "sharding", None)
+    if isinstance(sharding, jax.NamedSharding) and _explicit_axes(sharding.mesh):
+      own = getattr(leaf, "sharding", None)  # of an array outside of jit, which names the devices
+      return own.mesh if isinstance(own, jax.NamedSharding) else sharding.mesh
+  return None
+
+
+def on_mesh(tree: Any, mesh: Any) -> Any:
+  """Puts the arrays that lie on no mesh on every device of `mesh`, if there is one, as arrays made of the leaves do."""
+
+  def put(x: Any) -> Any:
+    if not jax.typeof(x).sharding.mesh.empty:
+      return x
+    to = jax.NamedSharding(mesh, jax.P())
+    return jax.sharding.reshard(x, to) if isinstance(mesh, jax.sharding.AbstractMesh) else jax.device_put(x, to)
+
+  return tree if mesh is None else jax.tree.map(put, tree)
+
+
 def axis_sizes(names: Sequence[str]) -> dict[str, int]:
   """Sizes of mesh axes.
 

@@ -19,9 +19,12 @@ from sedjax._count import Piece, later_than
 from sedjax._indexed import may_be_split
 from sedjax._layout import Layout
 
+# Rows of larger numbers are left out as infinite ones are: their norms come near to the largest float32.
+LARGEST = np.float32(2.0**110)
+
 
 def _real(leaf: Any, group: int | None) -> jax.Array:
-  """A tracked leaf as a real array; an untracked one as one 0 (orbax saves no empty arrays)."""
+  """A tracked leaf as a real array; an untracked one as one 0 (see `_height`)."""
   return jnp.zeros((1,), jnp.float32) if group is None else sketch.as_real(leaf)
 
 
@@ -34,12 +37,13 @@ def _tracked(layout: Layout) -> list[int]:
   ]
 
 
-def _locally(layout: Layout, function: Any, arrays: list[list[Any]], *others: Any, lead: tuple[int, ...] = (0,)) -> Any:
-  """`_placement.locally` for lists of arrays that are split as the tracked leaves are, behind `lead` axes that are not.
+def _locally(layout: Layout, function: Any, arrays: list[list[Any]], *others: Any) -> Any:
+  """`_placement.locally` for lists of arrays that are split as the tracked leaves are, behind other axes that are not.
 
   The function is given the lists of blocks, then the others.
   """
-  specs = [[((),) * axes + layout.specs[i] for i in _tracked(layout)] for axes in lead]
+  split = [layout.specs[i] for i in _tracked(layout)]
+  specs = [[((),) * (np.ndim(x) - len(spec)) + spec for x, spec in zip(xs, split, strict=True)] for xs in arrays]
   return _placement.locally(function, layout.mesh, layout.axes, arrays, specs, *others)
 
 
@@ -49,12 +53,17 @@ def _speaks(layout: Layout, i: int) -> tuple[str, ...]:
   return tuple(name for name in layout.axes if name not in own)
 
 
+def _height(layout: Layout) -> int:
+  """Labels in a row; one where nothing is tracked, since orbax saves no empty arrays."""
+  return max(1, len(layout.labels))
+
+
 def _sketch_row(config: Config, layout: Layout, part: int | None = None, grid: Any = None) -> jax.Array:
   """float32[labels, dim]: the sketches of the leaves (of a part of them, see `part_of`), summed within each group."""
   tracked = _tracked(layout)
-  labels = len(layout.labels)
   if not tracked:
-    return jnp.zeros((labels, config.sketch.dim), jnp.float32)
+    return jnp.zeros((_height(layout), config.sketch.dim), jnp.float32)
+  labels = len(layout.labels)
   silent = list(dict.fromkeys(_speaks(layout, i) for i in tracked))
 
   def local(blocks: list[jax.Array], grid: Any) -> jax.Array:
@@ -88,12 +97,14 @@ def make_row(config: Config, layout: Layout, rows: Any) -> Any:
 def zero_rows(config: Config, layout: Layout, params: Any, lead: int) -> Any:
   """`lead` rows of zeros, sharded as the leaves are where they hold the leaves themselves."""
   if not config.exact:
-    return jnp.zeros((lead, len(layout.labels), config.sketch.dim), jnp.float32)
+    return jnp.zeros((lead, _height(layout), config.sketch.dim), jnp.float32)
 
   def zeros(leaf: Any, group: int | None) -> jax.Array:
-    if group is None or jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-      leaf = jax.eval_shape(lambda x: _real(x, group), leaf)
+    if group is None:
+      return jnp.zeros((lead, *_real(leaf, group).shape), jnp.float32)
     zero = jnp.zeros_like(leaf, dtype=jnp.float32)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+      zero = jnp.broadcast_to(zero, (2, *zero.shape))
     return jnp.broadcast_to(zero, (lead, *zero.shape))
 
   leaves = [zeros(leaf, group) for leaf, group in zip(layout.leaves, layout.group, strict=True)]
@@ -105,7 +116,7 @@ def _peak(leaves: Any) -> jax.Array:
   alone, together = [], []
   for leaf in leaves:
     if leaf.size <= _small.MOST and not may_be_split(leaf):
-      together.append(leaf.reshape(-1))
+      together.append(leaf.reshape(-1).astype(jnp.float32))
     else:
       alone.append(leaf)
   arrays = [*alone, jnp.concatenate(together)] if together else alone
@@ -117,9 +128,9 @@ def _peak(leaves: Any) -> jax.Array:
 
 
 def largest(config: Config, layout: Layout, row: Any) -> jax.Array:
-  """float32[]: the largest magnitude in a row; NaN where it holds one, 0 where it is empty."""
+  """float32[]: the largest magnitude in a row and its sum over groups; NaN where it holds one, 0 where it is empty."""
   if not config.exact:
-    return _peak([row])
+    return _peak([row] if config.groups is None else [row, row.sum(0)])
   return largest_leaf(layout, jax.tree.leaves(row))
 
 
@@ -166,7 +177,7 @@ def gram_column(
   """Gram column of `row`, to be written into `slot` of `rows`: float32[parts, G, n]; its scales and dimensions [G]."""
   if config.exact:
     return _exact_column(config, layout, rows, row, slot, scales)
-  return sketch_column(config, rows, row, slot, scales)
+  return sketch_column(rows, row, slot, scales)
 
 
 def _effective_dim(squares: jax.Array, energy: jax.Array) -> jax.Array:
@@ -182,11 +193,10 @@ def _effective_dim(squares: jax.Array, energy: jax.Array) -> jax.Array:
   return jnp.where(shares > 0, 1 / jnp.where(shares > 0, shares, 1), 0)
 
 
-def sketch_column(
-  config: Config, rows: Any, row: Any, slot: jax.Array, scales: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def sketch_column(rows: Any, row: Any, slot: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """`gram_column` for random sketches."""
-  if config.groups is not None:
+  grouped = scales.shape[0] > row.shape[0]
+  if grouped:
     row = jnp.concatenate([row.sum(0, keepdims=True), row])
   scale = _gram.power_of_two(jnp.max(jnp.abs(row), -1, initial=0))
   here = jnp.arange(scales.shape[-1], dtype=jnp.int32) == slot
@@ -195,17 +205,17 @@ def sketch_column(
   squares = new * new
   energy = squares.sum(-1)
   dims = _effective_dim(squares, energy[:, None])
-  # The rows are scaled after the product, which spares a copy of them; the extremes are moved out of its way.
+  # The rows are scaled after the product, which spares a copy of them. So that it neither overflows nor loses rows down
+  # to 1e-38, the new row is as large as the largest of the others allows.
   top = jnp.max(scales, -1)
-  shift = jnp.where(top > np.float32(2.0**64), np.float32(2.0**-64), 1)
-  shift = jnp.where(top < np.float32(2.0**-64), np.float32(2.0**62), shift)
+  shift = jnp.minimum(np.float32(2.0**96) / jnp.maximum(top, np.float32(2.0**34)), np.float32(2.0**62))
   shifted = new * shift[:, None]
-  if config.groups is None:
-    column = _gram.plain_dot(rows, shifted)
-  else:
+  if grouped:
     whole = _gram.plain_dot(rows.sum(1, keepdims=True), shifted[:1])
     column = jnp.concatenate([whole, _gram.plain_dot(rows, shifted[1:])])
-  column = column / jnp.where(scales > 0, scales * shift[:, None], jnp.inf)
+  else:
+    column = _gram.plain_dot(rows, shifted)
+  column = jnp.where(scales > 0, column / jnp.where(scales > 0, scales * shift[:, None], 1), 0)
   return jnp.where(here, energy[:, None], column)[None], scale, dims
 
 
@@ -246,4 +256,4 @@ def _exact_column(
     return column, scale, 3 * sums[:, 0] ** 2 / jnp.maximum(sums[:, 1], 1e-30)
 
   ring, new = ([leaves[i] for i in tracked] for leaves in map(jax.tree.leaves, (rows, row)))
-  return _locally(layout, local, [ring, new], slot, scales, lead=(1, 0))
+  return _locally(layout, local, [ring, new], slot, scales)

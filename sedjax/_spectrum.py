@@ -62,6 +62,8 @@ def find_edge(ratios: jax.Array, k_max: int, dims: jax.Array, exact: bool) -> tu
   return best + 1, top, ambiguous
 
 
+# Its tables stay out of the operands of a `cond` (see `_gram`).
+@functools.partial(jax.jit, static_argnums=range(3))
 def _noise_thresholds(window: int, momentum: float, every: int, dims: jax.Array) -> tuple[jax.Array, jax.Array]:
   """float32[G, W - 1]: the ratios at which an edge is entered and left, at effective dimensions [G]."""
   grid, means, deviations = _null.noise_ratios(window, momentum, every)

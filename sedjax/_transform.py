@@ -41,15 +41,15 @@ def track_spectral_edge(
 
   Args:
     window: int >= 3, rows in the window, or a tuple of ints for several windows over one buffer.
-    every: int >= 1, steps summed into a row. A step with a NaN or Inf is left out and an exactly zero one does not
-      count; a row of another number of steps says so in `Report.row_steps`.
+    every: int >= 1, steps summed into a row. A step with NaN, Inf or numbers beyond 1e33 is left out and an exactly
+      zero one does not count; a row of another number of steps says so in `Report.row_steps`.
     k_max: int in 1…W - 1, the last place where an edge is looked for; None for half of each window, since the ratios of
       a smooth trajectory's tail are large and mean nothing. W - 1 is the paper's definition.
     sketch: `sedjax.sketch.count(dim)` (None: of dim 16384), `gaussian(dim)` or `exact()`.
     groups: None, or a function from a leaf's path ("block_0/attn/kernel") to a label, None for "not tracked".
     source: "updates", or "params" for differences of the parameters, read once in `every` steps; the row of steps
       (k-1)n+1 … kn is seen at step kn+1, since a chain is given the parameters from before the step.
-    momentum: float in [0, 1), β₁ of the optimizer: noise of that correlation is what an edge must exceed.
+    momentum: float in [0, 0.9999], β₁ of the optimizer: noise of that correlation is what an edge must exceed.
     history: int >= 0, so many past reports are kept on the device; see `get_history`.
     axis_name: inside a `jax.shard_map` whose blocks update is given: the mesh axes over which the parameters are split,
       a name or a tuple of names (which dimensions are split is found by comparing shapes with those that tx.init saw,
@@ -85,12 +85,14 @@ def track_spectral_edge(
 
   blocks = _placement.Blocks(axis_name) if axis_name is not None else None
 
-  # A traced state cannot tell which tree it belongs to, so that the trees that init saw are remembered here.
-  seen: set[int] = set()
+  # A traced state cannot tell which tree it belongs to, so that the trees that init saw are remembered here, and
+  # whether there is anything in them: optax.tree.map_params calls init with a tree of nothing.
+  seen: dict[int, bool] = {}
 
   def init_fn(params: Any) -> SpectralEdgeState:
     specs = blocks.specs_at_init(shapes_by_path(params)) if blocks else None
-    seen.add(tree_id(layout_of(params, groups, specs)))
+    layout = layout_of(params, groups, specs)
+    seen[tree_id(layout)] = any(group is not None for group in layout.group)
     return SpectralEdgeState({name: core.init(config, params, specs)})
 
   def update_fn(
@@ -99,7 +101,7 @@ def track_spectral_edge(
     del extra_args
     watched = params if source == "params" and params is not None else updates
     specs = blocks.specs(shapes_by_path(watched)) if blocks else None
-    if seen and tree_id(layout_of(watched, groups, specs)) not in seen:
+    if any(seen.values()) and tree_id(layout_of(watched, groups, specs)) not in seen:
       raise ValueError(core.TREE_CHANGED)
     if not isinstance(state, SpectralEdgeState) or name not in state.trackers:
       found = f"a state of trackers {list(state.trackers)}" if isinstance(state, SpectralEdgeState) else type(state)

@@ -21,7 +21,7 @@ from sedjax._count import later_than
 from sedjax._layout import LABEL_WORDS, Layout, decode_label, encode_label, layout_of, tree_id
 from sedjax._phase import init_phase
 from sedjax._placement import Spec
-from sedjax._rows import gram_column, largest, make_row, read_parameters, sketch_column, zero_rows
+from sedjax._rows import LARGEST, gram_column, largest, make_row, read_parameters, sketch_column, zero_rows
 from sedjax._spectrum import Rows, WindowState, report_window
 from sedjax._state import INTEGERS, Parts, map_id_of, pack, pack_counters, pack_report, unpack, unpack_report
 from sedjax._state import TrackerState as TrackerState
@@ -43,6 +43,17 @@ _NOT_SHARDED = (
 _INT_MAX = np.iinfo(np.int32).max
 
 
+def _with_promotion(function: Any) -> Any:
+  """The function under JAX's usual rules of promotion, whichever stricter ones its caller has chosen."""
+
+  @functools.wraps(function)
+  def promoting(*args: Any, **kwargs: Any) -> Any:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+      return function(*args, **kwargs)
+
+  return promoting
+
+
 def _zeros(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
   return jnp.zeros(shape, dtype)
 
@@ -61,6 +72,7 @@ def _map_id(config: Config, layout: Layout) -> tuple[int, ...]:
   return (*config.sketch.sketch_id, tree_id(layout))
 
 
+@_with_promotion
 def init(config: Config, params: Any, specs: Mapping[str, Spec] | None = None) -> TrackerState:
   """The state before the first update.
 
@@ -80,10 +92,11 @@ def init(config: Config, params: Any, specs: Mapping[str, Spec] | None = None) -
   flags = int(Status.UNTRACKED) if None in layout.group else 0
   labels = tuple(tuple(encode_label(name).tolist()) for name in ("", *named))
   state = _first_state(config.windows, config.history, config.exact, labels, flags, _map_id(config, layout))
-  return state._replace(
+  state = state._replace(
     rows=zero_rows(config, layout, params, config.slots),
     base=zero_rows(config, layout, params, 1 if config.exact else 2) if config.source == "params" else (),
   )
+  return _placement.on_mesh(state, _placement.explicit_mesh(layout.leaves))
 
 
 # Compiled as a whole: outside of jit, the thirty small operations are compiled one by one for every mesh.
@@ -200,20 +213,28 @@ def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
 
 
 # Both kinds of `observe` unpack the state again in each branch, so that steps between rows unpack only what they need.
+# They are functions of arrays under jit, since a `cond` outside of it is compiled at every call.
 
 
-def _observe_updates(config: Config, layout: Layout, packed: TrackerState, step: Any) -> TrackerState:
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _observe_updates(
+  config: Config, layout: Layout, leaves: tuple[Any, ...], packed: TrackerState, step: Any
+) -> TrackerState:
+  layout = layout._replace(leaves=leaves)
   state = unpack(packed)
   row = make_row(config, layout, state.rows)
   size = largest(config, layout, row)
-  finite, zero = jnp.isfinite(size), size == 0
+  finite, zero = size < LARGEST, size == 0
   first = state.elapsed == 0
-  row = jax.tree.map(lambda new: jnp.where(finite, new, 0), row)
   used = finite.astype(jnp.int32)
   if config.every > 1 or step is not None:
-    current = jax.tree.map(lambda ring: ring[state.cursor], state.rows)
-    row = jax.tree.map(lambda old, new: jnp.where(first, 0, old) + new, current, row)
-    used = jnp.where(first, 0, state.facts.steps[state.cursor]) + used - zero.astype(jnp.int32)
+    current = jax.tree.map(lambda ring: jnp.where(first, 0, ring[state.cursor]), state.rows)
+    row = jax.tree.map(jnp.add, current, row)
+    finite = largest(config, layout, row) < LARGEST
+    row = jax.tree.map(lambda new, old: jnp.where(finite, new, old), row, current)
+    used = jnp.where(first, 0, state.facts.steps[state.cursor]) + finite.astype(jnp.int32) - zero.astype(jnp.int32)
+  else:
+    row = jax.tree.map(lambda new: jnp.where(finite, new, 0), row)
   elapsed = state.elapsed + (~zero).astype(jnp.int32)
   due = (elapsed >= config.every) & ~zero if step is None else (jnp.asarray(step) + 1) % config.every == 0
   complete = due & (elapsed > 0) & (used > 0)  # a row whose steps were all left out starts afresh
@@ -243,7 +264,11 @@ def _largest_base(config: Config, layout: Layout, base: Any) -> jax.Array:
   return largest(config, layout, jax.tree.map(lambda x: x[0], base) if config.exact else base)
 
 
-def _observe_params(config: Config, layout: Layout, packed: TrackerState, step: Any) -> TrackerState:
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _observe_params(
+  config: Config, layout: Layout, leaves: tuple[Any, ...], packed: TrackerState, step: Any
+) -> TrackerState:
+  layout = layout._replace(leaves=leaves)
   outside = unpack(packed)
   rows, cursor, elapsed = packed.rows, outside.cursor, outside.elapsed
   # `elapsed` is 0 until there is a base, then the number of steps since it was read.
@@ -260,9 +285,10 @@ def _observe_params(config: Config, layout: Layout, packed: TrackerState, step: 
   def read(packed: TrackerState) -> tuple[TrackerState, Any]:
     state = unpack(packed._replace(rows=rows))
     base, row, lossy = read_parameters(config, layout, state.rows, state.base)
-    finite = jnp.isfinite(_largest_base(config, layout, base))
     started = state.elapsed > 0
-    zero = started & finite & (largest(config, layout, row) == 0)
+    size = largest(config, layout, row)
+    finite = (_largest_base(config, layout, base) < LARGEST) & (~started | (size < LARGEST))
+    zero = started & finite & (size == 0)
     accept = started & finite & ~zero
     keep = ~finite | zero
     counted = state._replace(
@@ -283,6 +309,7 @@ def _observe_params(config: Config, layout: Layout, packed: TrackerState, step: 
   return new._replace(rows=_write(rows, cursor, row, new))
 
 
+@_with_promotion
 def observe(
   config: Config,
   state: TrackerState,
@@ -317,8 +344,11 @@ def observe(
   from_params = config.source == "params"
   tree = params if from_params else updates
   layout = layout_of(tree, config.groups, specs)
+  state = _placement.on_mesh(state, _placement.explicit_mesh(layout.leaves))
   state = _check_state(config, layout, tree, state)
-  return (_observe_params if from_params else _observe_updates)(config, layout, state, step)
+  leaves = tuple(leaf if group is not None else None for leaf, group in zip(layout.leaves, layout.group, strict=True))
+  observed = _observe_params if from_params else _observe_updates
+  return observed(config, layout._replace(leaves=()), leaves, state, step)
 
 
 def push_row(config: Config, state: TrackerState, row: Any, steps: Any, lossy: Any = False) -> TrackerState:
@@ -336,7 +366,7 @@ def push_row(config: Config, state: TrackerState, row: Any, steps: Any, lossy: A
   """
   parts = unpack(state)
   zero = jnp.max(jnp.abs(row)) == 0
-  column = sketch_column(config, parts.rows, row, parts.cursor, parts.facts.scale)
+  column = sketch_column(parts.rows, row, parts.cursor, parts.facts.scale)
   extra = jnp.where(lossy, int(Status.CANCELLATION), 0)
   pushed = pack(_without_rows(_enter(config, parts, column, jnp.asarray(steps, jnp.int32), extra)))
   waiting = _without_rows(state)._replace(counters=pack_counters(parts._replace(zero=parts.zero + 1)))
@@ -402,8 +432,8 @@ def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState)
     found = [jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(state.rows)]
     raise ValueError(_NOT_SHARDED if config.exact and layout.axes and found == wholes else _STATE_CHANGED)
   if config.exact and layout.mesh is not None:
-    for ring, wanted in zip(jax.tree.leaves(state.rows), jax.tree.leaves(expected_state.rows), strict=True):
-      if _placement.explicit_spec(ring)[0] != _placement.explicit_spec(wanted)[0]:
+    for ring, spec, group in zip(jax.tree.leaves(state.rows), layout.specs, layout.group, strict=True):
+      if group is not None and _placement.explicit_spec(ring)[0] != (spec and ((),) * (ring.ndim - len(spec)) + spec):
         raise ValueError(_NOT_SHARDED)
   if not traced:
     return state
@@ -428,6 +458,7 @@ def _group_index(state: TrackerState, group: Hashable | None) -> int | jax.Array
   return 1 + known.index(tuple(wanted))
 
 
+@_with_promotion
 def report(state: TrackerState, *, group: Hashable | None = None, window: int | None = None) -> Report:
   """Finds the last report of one group and window in the state.
 
@@ -470,6 +501,7 @@ def _pick(found: Report, group: jax.Array) -> Report:
   return Report(*(pick(name, field) for name, field in zip(Report._fields, found, strict=True)))
 
 
+@_with_promotion
 def reports(state: TrackerState) -> Report:
   """All reports of one state: fields [..., group, window], vectors padded with 0 to the largest window.
 
@@ -493,6 +525,7 @@ def _reports(state: TrackerState) -> Report:
   return Report(*(stack(n, f) for n, f in zip(Report._fields, zip(*found, strict=True), strict=True)))
 
 
+@_with_promotion
 def history(state: TrackerState, *, group: Hashable | None = None, window: int | None = None) -> Report:
   """The last reports, oldest first: fields [..., history]; `count` is 0 where there was none yet.
 

@@ -165,8 +165,8 @@ _KINDS = (Count, Gaussian, Exact)
 
 
 def _validated(kind: type, name: str, dim: Any, seed: Any) -> Any:
-  if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or dim < 1:
-    raise ValueError(f"sedjax.sketch.{name}: dim must be an int >= 1, got {dim!r}; try 16384.")
+  if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not 1 <= dim < 2**31:
+    raise ValueError(f"sedjax.sketch.{name}: dim must be an int in [1, 2**31), got {dim!r}; try 16384.")
   if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
     raise ValueError(f"sedjax.sketch.{name}: seed must be an int in [0, 2**31), got {seed!r}.")
   return kind(int(dim), int(seed))
@@ -226,6 +226,9 @@ def gaussian(dim: int = 100, *, seed: int = 0) -> Gaussian:
 
 def exact() -> Exact:
   """No sketch: the window keeps the W + 1 updates themselves, in float32.
+
+  The rows of a leaf have its structure, one axis more and its sharding; `optax.tree.map_params` takes them for
+  parameters, so that a function of PartitionSpecs has to put `None` before the spec of a leaf with an axis more.
 
   Returns:
     A hashable sketch object with `dim` 0.

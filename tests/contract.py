@@ -214,6 +214,7 @@ def map_params(tx):
   marked = optax.tree.map_params(tx, lambda x: x + 1, state, transform_non_params=lambda x: x)
   assert_near(marked[0][0].mu, jax.tree.map(lambda x: x + 1, state[0][0].mu))
   assert signature(marked) == signature(state)
+  tx.update(params, state, params)  # map_params called init with what is no parameters
 
 
 def wrappers(tx):

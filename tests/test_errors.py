@@ -33,8 +33,8 @@ track = sedjax.track_spectral_edge
     ({"sketch": sedjax.sketch.count(19)}, r"dim must be at least twice the window, got dim=19 .* use dim >= 100"),
     ({"groups": "layer"}, r"groups must be None or a function from a path string to a label, got 'layer'"),
     ({"source": "gradients"}, r"source must be 'updates' or 'params', got 'gradients'"),
-    ({"momentum": 1.0}, r"momentum must be a float in \[0, 1\), the optimizer's β₁, got 1.0"),
-    ({"momentum": -0.1}, r"momentum must be a float in \[0, 1\).* got -0.1"),
+    ({"momentum": 1.0}, r"momentum must be a float in \[0, 0.9999\], the optimizer's β₁, got 1.0"),
+    ({"momentum": -0.1}, r"momentum must be a float in \[0, 0.9999\].* got -0.1"),
     ({"history": -1}, r"history must be an int >= 0 .* got -1"),
     ({"name": ""}, r"name must be a non-empty string, got ''"),
   ],
@@ -65,8 +65,7 @@ def _raise(path):
   [
     (_raise, r"groups\('b'\) raised KeyError\('b'\); return a label or None"),
     (lambda path: [path], r"groups\('b'\) returned \['b'\], which is not hashable; return a string"),
-    (lambda path: "x" * 64 + path, r"labels whose text agrees \(in its first 64 bytes\)"),
-    (lambda path: 0 if path == "b" else "0", r"labels whose text agrees .* got \[\"'0'\", '0'\]"),
+    (lambda path: 0 if path == "b" else "0", r"labels whose text agrees, got \[\"'0'\", '0'\]"),
   ],
 )
 def test_group_functions(groups, words):

@@ -314,6 +314,106 @@ def test_extreme_scales_do_not_overflow():
       np.testing.assert_allclose(scaled.drift_speed[-1] / scale, plain.drift_speed[-1], rtol=1e-4)
 
 
+def test_tiny_rows_beside_a_huge_one():
+  """Are measured when it has left the window; it is one row of the ring still."""
+  updates = updates_with({}, 5).astype(np.float64)
+  for sketch in (EXACT, COUNT):
+    plain = run(_tracker(4, 1, sketch), updates[1:].astype(np.float32))[1]
+    for huge in (1e20, 1e32):
+      scales = np.asarray([huge, 1e-20, 1e-20, 1e-20, 1e-20])[:, None, None]
+      found = run(_tracker(4, 1, sketch), (updates * scales).astype(np.float32))[1]
+      np.testing.assert_allclose(found.singular_values[-1] * 1e20, plain.singular_values[-1], rtol=1e-4)
+      assert np.all(np.isfinite(found.singular_values))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("sketch", [EXACT, COUNT], ids=["exact", "count"])
+def test_sums_beyond_float32_are_left_out(sketch, grouped):
+  """Steps that are finite, but not so with the step before, or the group beside, or the parameters before."""
+  groups = (lambda path: path) if grouped else None
+  size = 1e33  # of one leaf; there are two
+  kept = [1.0, 2.0, 3.0, size, 4.0, 5.0]
+  tree = {name: jnp.asarray([np.full((5, 4), value) for value in kept], jnp.float32) for name in "ab"}
+  for options, expected in (({"every": 2}, [2, 1, 2]), ({}, [1, 1, 1, 1, 1])):
+    tx = sedjax.track_spectral_edge(3, sketch=sketch, groups=groups, **options)
+    big = jax.tree.map(lambda x: jnp.where(x == size, 3 * x, x), tree)
+    state, reports = reports_of(tx, big, big)
+    assert int(reports.skipped_nonfinite[-1]) == 1
+    counts = np.asarray(reports.count)
+    first = [int(np.argmax(counts == row)) for row in range(1, counts[-1] + 1)]
+    assert [int(reports.row_steps[at]) for at in first] == expected
+    assert np.all(np.isfinite(reports.singular_values)), options
+    assert np.all(np.isfinite(sedjax.get_reports(state).singular_values)), options
+  signs = jnp.asarray([1, 1, -1, 1])[:, None, None]
+  params = {"a": jnp.asarray([np.full((5, 4), value) for value in (1, 2, 8e32, 8e32)], jnp.float32) * signs}
+  tx = sedjax.track_spectral_edge(3, sketch=sketch, source="params", groups=groups)
+  _, reports = reports_of(tx, params, params)
+  assert np.all(np.isfinite(reports.singular_values))
+  assert int(reports.skipped_nonfinite[-1]) == 1  # +8e32 after -8e32 is a change of 1.6e33
+  assert int(reports.count[-1]) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_parameters_of_eight_bits(dtype):
+  """Are read as the same numbers of float32, beside leaves of other dtypes."""
+  small = jnp.asarray(updates_with({}), dtype)
+  tree = {"w": small, "b": jnp.asarray(updates_with({}, seed=1))}
+  wide = {**tree, "w": small.astype(jnp.float32)}
+  tx = _tracker(4, 1, COUNT, source="params")
+  contract.assert_near(reports_of(tx, tree, tree)[1], reports_of(tx, wide, wide)[1], 1e-6)
+
+
+def test_numbers_of_python_are_leaves():
+  """Outside of jit, too."""
+  for options in ({}, {"sketch": EXACT}, {"source": "params"}):
+    tx = sedjax.track_spectral_edge(3, **options)
+    state = tx.init({"a": 1.0, "b": jnp.ones(3)})
+    for value in (2.0, 4.0):
+      _, state = tx.update({"a": value, "b": jnp.ones(3)}, state, {"a": value, "b": jnp.ones(3)})
+    np.testing.assert_allclose(sedjax.get_report(state).last_update_norm, 2 if options.get("source") else 19**0.5)
+
+
+@pytest.mark.parametrize("options", [{"every": 2}, {"every": 2, "source": "params"}], ids=["updates", "params"])
+def test_steps_outside_of_jit_compile_once(options):
+  tx = sedjax.track_spectral_edge(3, sketch=COUNT, **options)
+  tree = {"w": jnp.asarray(updates_with({}, 1)[0])}
+  state, compiled = tx.init(tree), []
+  jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+  counts = []
+  for _ in range(4):
+    _, state = tx.update(tree, state, tree)
+    counts.append(sum("backend_compile" in name for name in compiled))
+  assert 0 < counts[1] == counts[-1]
+
+
+@pytest.mark.parametrize("sketch", [EXACT, COUNT], ids=["exact", "count"])
+def test_stricter_promotion_of_the_caller(sketch):
+  tree = {"w": jnp.ones((4, 5)), "b": jnp.ones(5)}
+  with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+    tx = sedjax.track_spectral_edge(3, sketch=sketch)
+    _, state = jax.jit(tx.update)(tree, tx.init(tree))
+    assert sedjax.get_report(state).count == 1
+
+
+def test_labels_longer_than_their_place_and_of_numpy():
+  long = "block/" * 20
+  tx = sedjax.track_spectral_edge(3, groups=lambda path: {"a": np.int64(7), "b": "\ud800"}.get(path, long + path))
+  updates = {name: jnp.full(3, value) for name, value in {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}.items()}
+  _, state = tx.update(updates, tx.init(updates))
+  for label, value in ((7, 1), ("\ud800", 2), (long + "c", 3), (long + "d", 4)):
+    np.testing.assert_allclose(sedjax.get_report(state, group=label).last_update_norm, value * 3**0.5, rtol=1e-5)
+  with pytest.raises(ValueError, match="there is no group"):
+    sedjax.get_report(state, group=long + "e")
+
+
+def test_a_tracker_of_nothing_has_no_empty_arrays():
+  """Orbax saves none."""
+  tx = sedjax.track_spectral_edge(3, sketch=COUNT, groups={}.get)
+  _, state = tx.update({"w": jnp.ones(3)}, tx.init({"w": jnp.ones(3)}))
+  assert all(leaf.size for leaf in jax.tree.leaves(state))
+  assert sedjax.get_report(state).count == 0
+
+
 def test_explain_has_words_for_every_bit():
   for bit in Status:
     assert len(sedjax.explain(int(bit))) > 20

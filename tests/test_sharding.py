@@ -270,6 +270,99 @@ def test_vmapped_seeds_of_sharded_models():
   assert_same(jax.device_get(sedjax.get_reports(sharded)), jax.device_get(sedjax.get_reports(state)))
 
 
+@pytest.mark.parametrize("options", [{}, {"every": 2, "source": "params"}], ids=["updates", "params"])
+def test_explicit_axes_without_set_mesh(options):
+  """The state lies on the mesh of the parameters, so that a step compiles once and fits into a scan."""
+  mesh = mesh_of(AxisType.Explicit)
+  steps = [{name: step[name] for name in ("up", "bias", "scale")} for step in STEPS]
+  split = [place(step, LAYOUTS["both"], mesh) for step in steps]
+  tx, traced = tracker(SKETCHES["count"], **options), []
+
+  def step(state, tree):
+    traced.append(tree)
+    return tx.update(tree, state, tree)[1], None
+
+  def reports(init, trees):
+    state = tx.init(init)
+    for tree in trees:
+      state, _ = update(state, tree)
+    return jax.device_get(sedjax.get_reports(state))
+
+  update = jax.jit(step)
+  found = reports(split[0], split)
+  assert len(traced) == 1
+  expected = reports(steps[0], steps)
+  assert_same(found, expected)
+  assert_same(reports(steps[0], split), expected)  # the state of parameters that lay elsewhere
+  stacked = {
+    name: jax.device_put(np.stack([tree[name] for tree in steps]), jax.NamedSharding(mesh, P(None, *spec)))
+    for name, spec in LAYOUTS["both"].items()
+    if name in steps[0]
+  }
+  assert_same(
+    jax.device_get(sedjax.get_reports(jax.jit(jax.lax.scan, static_argnums=0)(step, tx.init(split[0]), stacked)[0])),
+    expected,
+  )
+
+
+@pytest.mark.parametrize(
+  "options", [{"window": (3, 64), "every": 2}, {"every": 2, "sketch": SKETCHES["exact"]}], ids=["count", "exact"]
+)
+def test_vmapped_seeds_over_an_explicit_axis(options):
+  """Each device trains one seed, of a model that it has as a whole."""
+  tx = sedjax.track_spectral_edge(**{"window": 3, "sketch": SKETCHES["count"], "momentum": 0.9} | options)
+  steps = [{"w": np.stack([seed * step["odd"] for seed in range(1, 9)])} for step in STEPS]
+  mesh = jax.make_mesh((8,), ("seed",), axis_types=(AxisType.Explicit,))
+  update = jax.jit(jax.vmap(lambda u, s: tx.update(u, s)[1]))
+
+  def reports(put):
+    state = jax.tree.map(put, jax.vmap(tx.init)(steps[0]))
+    for step in steps:
+      state = update(jax.tree.map(put, step), state)
+    return jax.device_get(sedjax.get_reports(state))
+
+  expected = reports(jnp.asarray)
+  with jax.set_mesh(mesh):
+    found = reports(lambda x: jax.device_put(x, jax.NamedSharding(mesh, P("seed"))))
+  assert_same(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_exact_rows_of_complex_leaves_on_meshes_of_both_kinds(kind):
+  """A complex leaf has an axis more in the ring; on a mesh of two kinds of axes only one shows while tracing."""
+  mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit, AxisType[kind]))
+  tx = tracker(SKETCHES["exact"])
+  steps = [
+    {"z": (step["up"] + 1j * step["up"][::-1])[:, :40].astype(np.complex64), "w": step["down"]} for step in STEPS
+  ]
+  update = jax.jit(lambda u, s: tx.update(u, s)[1])
+
+  def reports(put):
+    state = tx.init(jax.tree.map(put, steps[0]))
+    for step in steps:
+      state = update(jax.tree.map(put, step), state)
+    return jax.device_get(sedjax.get_reports(state))
+
+  expected = reports(jnp.asarray)
+  with jax.set_mesh(mesh):
+    assert_same(reports(lambda x: jax.device_put(x, jax.NamedSharding(mesh, P("x")))), expected)
+
+
+def test_check_cost_of_exact_rows():
+  """With leaves that are complex, not tracked, or on no mesh of their own."""
+  mesh = mesh_of(AxisType.Explicit)
+  split = jax.NamedSharding(mesh, P("x"))
+  params = {
+    "w": jax.ShapeDtypeStruct((64, 48), jnp.float32, sharding=split),
+    "z": jax.ShapeDtypeStruct((8, 5), jnp.complex64, sharding=split),
+    "count": jax.ShapeDtypeStruct((16,), jnp.int32, sharding=split),
+    "bias": jax.ShapeDtypeStruct((48,), jnp.float32),
+  }
+  cost = sedjax.check_cost(tracker(SKETCHES["exact"]), params)
+  assert cost.broken() == ()
+  assert 0 < sum(numbers for _, numbers in cost.collectives) <= cost.total_allowed == 3 * 4 + 5
+
+
 def test_check_cost_agrees_with_the_promise():
   for kind, specs in (("Explicit", None), ("Auto", None), ("Auto", LAYOUTS["both"])):
     mesh = mesh_of(AxisType[kind])

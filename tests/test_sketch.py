@@ -88,7 +88,7 @@ def test_inner_products_are_unbiased(make, shape):
 
 @pytest.mark.parametrize("dim", [0, -1, 2.0, True, "16"])
 def test_bad_dimension(dim):
-  with pytest.raises(ValueError, match="dim must be an int >= 1"):
+  with pytest.raises(ValueError, match="dim must be an int in"):
     sedjax.sketch.count(dim)
 
 
