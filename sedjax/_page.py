@@ -37,6 +37,7 @@ if TYPE_CHECKING:
   import xarray as xr
 
 _MANY_SPANS, _MANY_SEEDS = 12, 16
+_BEGINNING = "<!doctype html>"
 
 
 def open_record(path: str | os.PathLike[str]) -> xr.Dataset:
@@ -59,10 +60,17 @@ def check_record(found: xr.Dataset, name: str) -> None:
 def write_page(
   source: xr.Dataset, out: str | os.PathLike[str], *, name: str = "record", window: int | None = None, group: Any = None
 ) -> None:
-  """Writes the page of a record; the file appears whole or not at all."""
+  """Writes the page of a record; the file appears whole or not at all.
+
+  Raises:
+    ValueError: the page cannot be written there, or would take the place of what is no page; else as `make_page`.
+  """
   target = Path(out)
-  # Made first, so that a place that cannot be written to is named before the record is read.
-  handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+  _check_target(target, os.fspath(out))
+  try:  # first, so that a place that cannot be written to is told before the record is read
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".sedjax.")
+  except OSError as error:
+    raise ValueError(f"sedjax report: {out} cannot be written: {error.strerror}.") from error
   try:
     with os.fdopen(handle, "w", encoding="utf-8") as file:
       file.write(make_page(source, name=name, window=window, group=group))
@@ -71,6 +79,19 @@ def write_page(
   except BaseException:
     os.unlink(temporary)
     raise
+
+
+def _check_target(target: Path, given: str) -> None:
+  if not given or given.endswith("/") or target.is_dir():
+    raise ValueError(f"sedjax report: the page cannot be {given!r}, which is no name or a folder's; name a file.")
+  if not target.exists():
+    return
+  beginning = b""
+  if target.is_file():
+    with open(target, "rb") as file:
+      beginning = file.read(len(_BEGINNING)) or _BEGINNING.encode()  # an empty file may be anything
+  if beginning.lower() != _BEGINNING.lower().encode():
+    raise ValueError(f"sedjax report: {given} exists and is no page, so it is not replaced; give another name.")
 
 
 def make_page(source: xr.Dataset, *, name: str = "record", window: int | None = None, group: Any = None) -> str:

@@ -540,6 +540,18 @@ def checkpoint_file(path: pathlib.Path) -> pathlib.Path:
   return next((path / name for name in _IN_FOLDERS if (path / name).exists()), path)
 
 
+def files_of(path: pathlib.Path) -> list[pathlib.Path]:
+  """All files that a checkpoint consists of, as far as they are there."""
+  path = checkpoint_file(path)
+  if path.is_dir():
+    return sorted(file for file in path.rglob("*") if file.is_file())
+  shards: set[str] = set()
+  if path.name.endswith(".index.json"):
+    with contextlib.suppress(Exception):  # a damaged one is told where it is read
+      shards = {shard for shard in json.loads(path.read_bytes())["weight_map"].values() if isinstance(shard, str)}
+  return [path, *sorted(path.parent / shard for shard in shards if (path.parent / shard).is_file())]
+
+
 def open_checkpoint(path: pathlib.Path) -> Reader:
   """Opens a checkpoint of any known format.
 

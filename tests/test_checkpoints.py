@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 import types
 
@@ -595,6 +596,44 @@ def test_command(tmp_path, files, record, capsys):
     assert capsys.readouterr().err.startswith("sedjax analyze: ")
 
 
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--leave-out", ""], "--leave-out must not be empty, as all paths have that; give '.' to mean all"),
+    (["--leave-out", "("], "--leave-out must be a regular expression, got '('"),
+    (["--group", "a="], "--group must not be empty"),
+    (["--sketch", "count:1000000000000"], "must be from 1 to 16,777,216, got 'count:1000000000000'"),
+    (["--sketch", "gaussian:16777217"], "must be from 1 to 16,777,216, got 'gaussian:16777217'"),
+    (["--sketch", "count:0"], "must be from 1 to 16,777,216, got 'count:0'"),
+  ],
+)
+@pytest.mark.usefixtures("no_work")
+def test_arguments_of_the_command_that_are_refused(tmp_path, files, capsys, words, said):
+  assert command(files, "-o", tmp_path / "run.nc", "--window", "3", *words) == 1
+  err = capsys.readouterr().err
+  assert said in err
+  assert err.count("\n") == 1
+
+
+def test_an_interruption_ends_the_program_at_once(tmp_path):
+  """Whatever other threads are at, which Python would wait for."""
+  code = """
+import threading, time, sedjax.checkpoints
+from sedjax.__main__ import main
+
+def interrupted(*args, **options):
+  raise KeyboardInterrupt
+
+sedjax.checkpoints.analyze = interrupted
+threading.Thread(target=time.sleep, args=[300]).start()
+main()
+"""
+  command = [sys.executable, "-c", code, "analyze", "*.npz", "-o", str(tmp_path / "run.nc")]
+  done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+  assert (done.returncode, done.stdout) == (130, "")
+  assert done.stderr == "sedjax analyze: interrupted; run the same command again to go on.\n"
+
+
 class Terminal(io.StringIO):
   def isatty(self):
     return True
@@ -789,3 +828,135 @@ def test_noise_of_rows_of_very_many_steps():
       lags = np.abs(np.arange(5)[:, None] * every + apart)
       expected = ((every - np.abs(apart)) * momentum ** lags.astype(float)).sum(1)
       np.testing.assert_allclose(row_covariance(5, momentum, every)[0], expected, rtol=1e-9)
+
+
+# ---- where the record goes ----
+
+
+def written(path):
+  """Everything that a record holds."""
+  with open_record(path) as found:
+    return found.load()
+
+
+def test_what_the_user_added_survives_another_analysis(tmp_path, files):
+  out = tmp_path / "run.nc"
+  checkpoints.analyze(files, window=3, out=out)
+  with Recorder(out, attrs={"model": "tiny"}) as recorder:
+    recorder.log(10, loss=0.5)
+    recorder.log(20, rates=np.asarray([0.25]))
+    recorder.event(20, "the data shifted")
+  expected = checkpoints.analyze(files, window=4, k_max=2, out=out)
+  found = written(out)
+  assert_same(found, expected)
+  assert (found.loss.values.tolist(), found.loss_step.values.tolist()) == ([0.5], [10])
+  assert found.rates.dims == ("rates_step", "seed")
+  assert (found.event.values.tolist(), found.event_step.values.tolist()) == (["the data shifted"], [20])
+  assert (found.attrs["model"], found.attrs["k_max"]) == ("tiny", 2)
+  assert os.listdir(tmp_path) == ["run.nc"]
+  with Recorder(out) as recorder:  # which makes the series longer
+    recorder.log(30, loss=0.25)
+    recorder.event(30, "again")
+  checkpoints.analyze(files, window=3, out=out)
+  found = written(out)
+  assert found.loss.values.tolist() == [0.5, 0.25]
+  assert found.event.values.tolist() == ["the data shifted", "again"]
+  assert "k_max" not in found.attrs
+
+
+def test_fewer_rows_do_not_take_the_place_of_more(tmp_path):
+  files, out = write(tmp_path / "a", walk()), tmp_path / "run.nc"
+  whole = checkpoints.analyze(files, window=3, out=out)
+  good = (tmp_path / "a" / "step_20.npz").read_bytes()
+  (tmp_path / "a" / "step_20.npz").write_bytes(b"nothing")
+  message = r"rows up to step 15 are kept in .*run\.nc\.part, and .*run\.nc is left as it was; run it again"
+  with pytest.raises(checkpoints.CheckpointError, match=message):
+    checkpoints.analyze(files, window=4, out=out)
+  assert_same(written(out), whole)
+  (tmp_path / "a" / "step_20.npz").write_bytes(good)
+  assert_same(checkpoints.analyze(files, window=4, out=out), written(out))
+  assert written(out).sizes["index"] == 4
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+  """Nothing may be read before the record's place is known to be good."""
+  monkeypatch.setattr(checkpoints, "select", lambda *_: pytest.fail("it began to read"))
+
+
+def a_tracked_record(path):
+  state = sedjax.track_spectral_edge(3).init({"w": jnp.ones(3)})
+  with Recorder(path) as recorder:
+    recorder.append(5, state)
+
+
+def a_record_of_other_steps(path):
+  write(path.parent / "b", walk(5))
+  (path.parent / "b" / "step_20.npz").rename(path.parent / "b" / "step_21.npz")
+  for step in (0, 5):
+    shutil.copy2(path.parent / "a" / f"step_{step}.npz", path.parent / "b")
+  checkpoints.analyze(str(path.parent / "b" / "step_*.npz"), window=3, out=path)
+
+
+def a_record_of_others(path):
+  checkpoints.analyze(write(path.parent / "b", walk(5, seed=1)), window=3, out=path)
+
+
+def an_open_recorder(path):
+  checkpoints.analyze(str(path.parent / "a" / "step_*.npz"), window=3, out=path)
+  recorder = Recorder(path)
+  recorder.log(5, loss=1.0)
+  recorder.flush()
+  return recorder
+
+
+def another_file_in_the_part(path):
+  folder = path.with_name("run.nc.part")
+  folder.mkdir()
+  (folder / "thesis.txt").write_text("important")
+
+
+@pytest.mark.parametrize(
+  ("make", "name", "words"),
+  [
+    (lambda path: path.write_text("important"), "run.nc", "is no record of these checkpoints .it is no record"),
+    (a_tracked_record, "run.nc", "no analysis of checkpoints made it"),
+    (a_record_of_others, "run.nc", "it begins with another checkpoint"),
+    (a_record_of_other_steps, "run.nc", "it has the step 21, which these have not"),
+    (an_open_recorder, "run.nc", r"is being recorded, as .*run\.nc\.journal beside it shows; close its Recorder"),
+    (another_file_in_the_part, "run.nc", r"run\.nc\.part, where the unfinished analysis would lie"),
+    (lambda path: path.with_name("run.nc.part").write_text(""), "run.nc", r"run\.nc\.part, where the unfinished"),
+    (lambda path: path.mkdir(), "run.nc", r"which is no name or a folder's; name a file, such as .*run\.nc/run\.nc"),
+    (os.mkfifo, "run.nc", "is a device or a pipe"),
+    (str, "", r"cannot be '.*/', which is no name or a folder's; name a file"),
+    (lambda path: path.write_text("important"), "run.nc/run.nc", r"cannot be written \((Not a directory|File exists)"),
+    (str, "../../../../../../../../../../../../../proc/a/run.nc", "cannot be written"),
+    pytest.param(str, "a" * 300, r"cannot be written \(File name too long", id="a long name"),
+  ],
+)
+def test_what_lies_where_the_record_would(tmp_path, request, make, name, words):
+  write(tmp_path / "a", walk())
+  held = make(tmp_path / "run.nc")
+  before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+  request.getfixturevalue("no_work")
+  with pytest.raises(checkpoints.CheckpointError, match=words) as caught:
+    checkpoints.analyze(str(tmp_path / "a" / "step_*.npz"), window=4, out=f"{tmp_path}/{name}")
+  assert "\n" not in str(caught.value)
+  assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+  if isinstance(held, Recorder):
+    held.close()
+
+
+@pytest.mark.usefixtures("no_work")
+def test_an_empty_name_of_the_record(files):
+  with pytest.raises(checkpoints.CheckpointError, match="cannot be '', which is no name"):
+    checkpoints.analyze(files, window=4, out="")
+
+
+def test_only_what_the_analysis_wrote_is_removed(tmp_path):
+  out = tmp_path / "run.nc"
+  store = _store.Store(out, "")
+  store.save({"a": np.ones(3)}, [b"report"])
+  (store.folder / "thesis.txt").write_text("important")
+  store.remove()
+  assert os.listdir(store.folder) == ["thesis.txt"]

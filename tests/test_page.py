@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import os
 import re
 import shutil
@@ -15,10 +16,22 @@ import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 
-from sedjax import _page, _summary
+from sedjax import _journal, _page, _summary
 from sedjax.__main__ import main
 from sedjax._html import escape
 from sedjax._types import Status
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+  """A folder with a short record, one that is still written, and something else."""
+  folder = tmp_path_factory.mktemp("small")
+  few = planted.dataset(1, 3)
+  few.to_netcdf(folder / "run.nc", engine="h5netcdf")
+  layout = {"format": _journal.FORMAT, "version": 1, "windows": [3], "groups": ["all"], "seeds": [0], "attrs": {}}
+  (folder / "live.nc.journal").write_bytes(_journal.frame(_journal.SESSION, json.dumps(layout).encode()))
+  (folder / "thesis.txt").write_text("important")
+  return folder
 
 
 def words(page):
@@ -200,7 +213,45 @@ def test_bad_input_gets_one_sentence(make, args, said, tmp_path, capsys):
 def test_page_that_cannot_be_written(made, tmp_path, capsys):
   made.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
   assert main(["report", str(tmp_path / "run.nc"), "-o", str(tmp_path / "nowhere" / "report.html")]) == 1
-  assert "No such file or directory" in capsys.readouterr().err
+  err = capsys.readouterr().err
+  assert "No such file or directory" in err
+  assert "nowhere/report.html cannot be written" in err
+
+
+@pytest.mark.parametrize(
+  ("record", "out", "words"),
+  [
+    ("run.nc", "run.nc", "the page cannot take the place of its record"),
+    ("live.nc", "live.nc", "the page cannot take the place of its record"),
+    ("run.nc", "live.nc.journal", "exists and is no page, so it is not replaced"),
+    ("run.nc", "thesis.txt", "exists and is no page, so it is not replaced"),
+    ("run.nc", "pipe", "exists and is no page, so it is not replaced"),
+    ("run.nc", "folder", "which is no name or a folder's; name a file"),
+    ("run.nc", ".", "which is no name or a folder's; name a file"),
+    ("folder", "report.html", "is a folder; name the file of a record"),
+    ("pipe", "report.html", "is a device or a pipe; name the file of a record"),
+    ("piped.nc", "report.html", "is a device or a pipe; name the file of a record"),
+  ],
+)
+def test_a_page_takes_no_other_files_place(small, tmp_path, capsys, record, out, words):
+  shutil.copytree(small, tmp_path, dirs_exist_ok=True)
+  (tmp_path / "folder").mkdir()
+  for name in ("pipe", "piped.nc.journal"):
+    os.mkfifo(tmp_path / name)
+  before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+  assert main(["report", str(tmp_path / record), "-o", str(tmp_path / out)]) == 1
+  err = capsys.readouterr().err
+  assert words in err
+  assert err.count("\n") == 1
+  assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_page_takes_an_older_pages_place(small, tmp_path):
+  for beginning in ("", "<!DOCTYPE html>\n<p>old"):
+    (tmp_path / "report.html").write_text(beginning)
+    assert main(["report", str(small / "run.nc"), "-o", str(tmp_path / "report.html")]) == 0
+    assert "What happened in run.nc" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "h5netcdf", "xarray"])

@@ -270,7 +270,7 @@ def test_going_back_replaces(tmp_path, killed):
 def test_series_can_be_added_to_a_finished_record(tmp_path):
   path = tmp_path / "run.nc"
   record_numbers(path, range(5), loss=1.0)
-  with recorder_of(path) as recorder:
+  with recorder_of(path, attrs={"model": "tiny"}) as recorder:
     recorder.log(1, accuracy=0.5)
     recorder.log(3, loss=7.0)
     recorder.event(2, "remembered")
@@ -279,6 +279,7 @@ def test_series_can_be_added_to_a_finished_record(tmp_path):
   assert record.accuracy.values.tolist() == [0.5]
   assert record.loss.values.tolist() == [0, 1, 2, 7]
   assert record.event_step.values.tolist() == [2]
+  assert record.attrs["model"] == "tiny"
 
 
 def test_a_kill_between_file_and_journal_duplicates_nothing(tmp_path):
