@@ -209,6 +209,9 @@ class ShardedReader(Reader):
         if name not in self._shards[shard].tensors:
           raise ReadError(f"its shard {shard} lacks tensor {name!r}")
         self.tensors[name] = self._shards[shard].tensors[name]
+      for shard, reader in self._shards.items():
+        for name in reader.tensors.keys() - self.tensors.keys():
+          self.tensors[name] = reader.tensors[name]._replace(why_not=f"outside of the index, though {shard} holds it")
       self.in_parts = all(shard.in_parts for shard in self._shards.values())
     except BaseException:
       self.close()

@@ -32,7 +32,7 @@ from sedjax._dataset import provenance, to_dataset
 from sedjax._exact import exact_series
 from sedjax._selection import Groups, Selection, group_function, left_out_lines, say_what_is_read, select, taken_lines
 from sedjax._series import CheckpointError as CheckpointError
-from sedjax._series import Entry, Path, find_series
+from sedjax._series import Entry, Path, error_at, find_series
 from sedjax._store import Store, check_place, checkpoints_id, identity_of, replaceable, write_record
 from sedjax._streams import sketch_series
 from sedjax._types import Report
@@ -117,7 +117,7 @@ def analyze(
   if every is None:
     gaps = collections.Counter(two.step - one.step for one, two in itertools.pairwise(series))
     every = gaps.most_common(1)[0][0] if gaps else 1
-  config = core.Config(window, every, k_max, sketch, group_function(groups), "updates", momentum)
+  config = _config(window, every, k_max, sketch, group_function(groups), "updates", momentum)
   if len(series) - 1 < max(config.windows):
     raise CheckpointError(
       f"sedjax analyze: {len(series)} checkpoints ({series[0].file}, step {series[0].step}, to {series[-1].file}) make "
@@ -128,8 +128,11 @@ def analyze(
   store = Store(out, identity_of(series, selection, config.exact))
   found: list[tuple[int, Report]] = []
   try:
-    for row in (exact_series if config.exact else sketch_series)(series, selection, store, progress):
-      found.append(row)
+    with np.errstate(over="ignore", invalid="ignore"):  # which is told of below
+      for i, report in (exact_series if config.exact else sketch_series)(series, selection, store, progress):
+        if not np.all(np.isfinite(report.last_update_norm)):
+          raise error_at(series[i], None, "since the checkpoint before, it changed by more than float32 can hold")
+        found.append((i, report))
   except CheckpointError as error:
     if out is None or not found:
       raise
@@ -145,6 +148,15 @@ def analyze(
     write_record(record, out, series)
     store.remove()
   return record
+
+
+def _config(*arguments: Any) -> core.Config:
+  """The configuration, whose errors speak of this function."""
+  try:
+    return core.Config(*arguments)
+  except ValueError as error:
+    text = str(error).partition(" Inside optax.inject_hyperparams")[0]
+    raise ValueError(text.replace("track_spectral_edge:", "sedjax analyze:", 1)) from None
 
 
 def _compiled(rename: Mapping[str, str] | None, transpose: str | None) -> tuple[tuple[str, str], ...]:

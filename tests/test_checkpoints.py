@@ -35,6 +35,7 @@ from sedjax import (
   checkpoints,
 )
 from sedjax._null import row_covariance
+from sedjax._series import Entry, find_series
 from sedjax.record import Recorder, open_record, to_dataset
 
 safetensors = pytest.importorskip("safetensors.numpy")
@@ -385,6 +386,53 @@ def test_another_analysis_begins_anew(tmp_path, files, monkeypatch, capsys):
   assert_same(found, checkpoints.analyze(files, window=4))
 
 
+@pytest.mark.parametrize(
+  "other",
+  [
+    {"rename": {"^emb$": "x", "^head/kernel$": "emb", "^x$": "head/kernel"}},
+    {"transpose": "head"},
+  ],
+  ids=lambda other: next(iter(other)),
+)
+def test_an_analysis_of_other_tensors_does_not_go_on(tmp_path, monkeypatch, capsys, other):
+  """Also where both have all paths in common, by names that change places."""
+  series = [{"emb": params["emb"][:24, :17], "head/kernel": params["head/kernel"]} for params in walk(5)]
+  files, save = write(tmp_path / "a", series), _store.Store.save
+
+  def stop(self, *args):
+    save(self, *args)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(_store.Store, "save", stop)
+  options = {"window": 3, "groups": {"emb": "a"}, "out": tmp_path / "run.nc"}
+  with pytest.raises(KeyboardInterrupt):
+    checkpoints.analyze(files, **options)
+  monkeypatch.setattr(_store.Store, "save", save)
+  found = checkpoints.analyze(files, **options | other)
+  assert "beginning anew" in capsys.readouterr().err
+  assert_same(found, checkpoints.analyze(files, **options | other | {"out": None}))
+
+
+@pytest.mark.parametrize("kind", ["npz", "sharded", "orbax"])
+def test_a_checkpoint_that_was_written_again_is_noticed(tmp_path, series, kind):
+  """Whichever of its files it is, of the same size as before."""
+  if kind == "npz":
+    np.savez(tmp_path / "a", **series[0])
+    path = tmp_path / "a.npz"
+  else:
+    path = tmp_path / "a"
+    FORMATS[kind][0](path, series[0])
+  files = [file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+  assert len(files) >= {"npz": 1, "sharded": 3, "orbax": 4}[kind]
+  entry, signatures = Entry(str(path), 0), []
+  for file in [None, *files]:
+    if file is not None:
+      os.utime(file, ns=(0, os.stat(file).st_mtime_ns + 10**7))
+    signatures.append(json.dumps(_store.signature_of(entry)))
+    assert signatures[-1] == json.dumps(_store.signature_of(entry))
+  assert len(set(signatures)) == len(files) + 1
+
+
 # ---- bad input ----
 
 
@@ -467,6 +515,73 @@ def test_series_that_make_no_record(tmp_path, files):
     checkpoints.analyze(files, window=3, groups={"(": "a"})
 
 
+def touched(folder, names, numbers):
+  """Empty files with these numbers in their names."""
+  files = [folder / f"{names.format(i, i)}.npz" for i in numbers]
+  for file in files:
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+  return files
+
+
+@pytest.mark.parametrize(
+  ("names", "shown"),
+  [
+    ("step_{}e3", "1e3 in "),
+    ("step_1e{}", "1e1 in "),
+    ("step_1e-{}", "1e-1 in "),
+    ("step_{}k", "1k in "),
+    ("{}Mtok", "1M in "),
+    ("step_{},000", "1,0 in "),
+    ("step_{}_000", "1_000 in "),
+    ("epoch_{}.0", "1.0 in "),
+    ("epoch_0.{}", "0.1 in "),
+    ("step_-{}", "_-1 in "),
+    ("step_{}e3/model_{}k", "1e3 in "),
+  ],
+)
+def test_numbers_in_names_that_are_no_steps(tmp_path, names, shown):
+  files = touched(tmp_path, names, range(1, 6))
+  message = rf"the steps in the names are not written as plain whole numbers \({shown}.*1.*\); give steps"
+  with pytest.raises(checkpoints.CheckpointError, match=message):
+    find_series(files, None)
+  assert find_series(files, [1000 * i for i in range(1, 6)])[-1].step == 5000
+
+
+@pytest.mark.parametrize(
+  "names", ["checkpoint-{}", "{}", "0.5B_v1.5_step{}_lr1e-3", "step_{}k/model-{}", "epoch={}_512", "global_step{}"]
+)
+def test_numbers_in_names_that_are_steps(tmp_path, names):
+  found = find_series(touched(tmp_path, names, ("01", "10", "9")), None)
+  assert [entry.step for entry in found] == [1, 9, 10]
+
+
+def test_a_parameter_that_the_first_checkpoint_left_out(tmp_path):
+  for i, (first, why) in enumerate({(0, 3): "it is empty", (4, 3): "it holds no floats but int32"}.items()):
+    new = np.zeros(first, np.int32 if i else np.float32)
+    series = [{**params, "late": new if step < 3 else np.ones((4, 3), "f4")} for step, params in enumerate(walk(5))]
+    message = rf"\(step 15\), tensor 'late': it is a parameter, but not in the first checkpoint .* \({why}\)"
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+      checkpoints.analyze(write(tmp_path / str(i), series), window=3)
+
+
+@pytest.mark.parametrize("where", [3, 4])
+@pytest.mark.parametrize("exact", [False, True])
+def test_changes_beyond_float32_are_named(tmp_path, exact, where):
+  series = [{name: x.astype(np.float64) for name, x in params.items()} for params in walk(6)]
+  series[where]["emb"] *= 1e200
+  files, sketch = write(tmp_path / "a", series), sedjax.sketch.exact() if exact else None
+  tensor = "" if exact else ", tensor 'emb'"
+  message = rf"\(step {5 * where}\){tensor}: since .* changed by .* float32.*rows up to step {5 * (where - 1)} are kept"
+  with pytest.raises(checkpoints.CheckpointError, match=message):
+    checkpoints.analyze(files, window=3, sketch=sketch, out=tmp_path / "run.nc")
+  with open_record(tmp_path / "run.nc") as kept:
+    assert np.isfinite(kept.singular_values).all()
+  constant = [{**params, "emb": series[where]["emb"]} for params in series]
+  found = checkpoints.analyze(write(tmp_path / "b", constant), window=3, sketch=sketch)
+  assert np.isfinite(found.singular_values).all()
+
+
 def test_given_steps_meet_files_in_the_order_of_their_numbers(tmp_path, series, record):
   for i, params in enumerate(series):
     np.savez(tmp_path / f"epoch={i + 5}-step={7 * (i + 5)}.npz", **params)  # 10 comes before 5 in the order of letters
@@ -503,6 +618,16 @@ def test_steps_are_sorted_as_numbers(tmp_path, series, record):
     str(tmp_path / "x*.npz"), steps=[i * EVERY for i in range(COUNT)], window=(3, 5), groups=GROUPS
   )
   assert_same(found, record)
+
+
+def test_tensors_that_the_index_does_not_list(tmp_path, series, record):
+  files = write(tmp_path / "a", series, *FORMATS["sharded"])
+  for path in (tmp_path / "a").glob("*/model-00001*"):
+    safetensors.save_file({**safetensors.load_file(path), "ema.emb": np.ones((3, 2), np.float32)}, path)
+  found = checkpoints.analyze(files, window=(3, 5), groups=GROUPS)
+  assert_same(found, record)
+  left_out = found.attrs["parameters_left_out"]
+  assert left_out == "ema.emb [3, 2]: outside of the index, though model-00001-of-00002.safetensors holds it"
 
 
 class Evil:
