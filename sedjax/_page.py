@@ -431,7 +431,12 @@ def _fidelity_section(facts: Facts) -> str:
 def _provenance_section(facts: Facts) -> str:
   rows = [[escape(key), folded(value)] for key, value in facts.attrs.items()]
   lacking = [key for key in ("sketch", "every", "momentum", "source") if key not in facts.attrs]
-  text = f"<p>Not recorded: {escape(listed(lacking))}.</p>" if lacking else ""
+  odd = [key for key in ("every", "momentum") if key in facts.attrs and getattr(facts, key) is None]
+  text = "".join(
+    f"<p>{what}: {escape(listed(keys))}.</p>"
+    for what, keys in (("Not recorded", lacking), ("Recorded with a value that cannot be", odd))
+    if keys
+  )
   listing = table("What the record says about itself", ["Attribute", "Value"], rows, left=2) if rows else ""
   return f"<h2>Where the numbers come from</h2>{text}{listing}"
 

@@ -128,6 +128,15 @@ def test_momentum_that_was_not_told_is_asked_about(made):
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -5.0, 0, 2.0**63, "soon", [1, 2]])
+def test_attributes_that_cannot_be_are_as_if_not_recorded(made, value):
+  odd = made.assign_attrs(every=value, momentum=value) if value else made.assign_attrs(every=value, momentum=1.5)
+  text = words(_page.make_page(odd))
+  assert "Recorded with a value that cannot be: every and momentum." in text
+  assert "in windows of 10 rows; tables" in text
+
+
+@pytest.mark.usefixtures("quick")
 def test_text_from_the_file_is_escaped(made):
   evil = "<script>alert(1)</script>"
   bad = made.assign_coords(group=["all", evil, "head"]).rename(loss=evil, loss_step=f"{evil}_step")
