@@ -295,6 +295,82 @@ def test_copies_that_part_ways_are_not_tied(tmp_path, series):
   assert "ema/emb" in checkpoints.analyze(write(tmp_path, series), window=3).attrs["parameters_taken"]
 
 
+def test_numbers_in_another_order_of_bytes(tmp_path, series, record):
+  swapped = [{name: x.astype(">f4") for name, x in params.items()} for params in series]
+  for kind in ("plain", "compressed", "fortran"):
+    files = write(tmp_path / kind, swapped, *FORMATS.get(kind, ()))
+    assert_same(checkpoints.analyze(files, window=(3, 5), groups=GROUPS), record)
+
+
+def test_numbers_that_are_too_long_are_left_out(tmp_path, series):
+  if np.dtype(np.longdouble).itemsize == 8:
+    pytest.skip("no longer floats here")
+  long = [{**params, "long": np.ones(3, np.longdouble)} for params in series]
+  found = checkpoints.analyze(write(tmp_path / "a", long), window=3)
+  assert found.attrs["parameters_left_out"] == f"long [3]: dtype {np.dtype(np.longdouble)} cannot be read"
+
+
+@pytest.mark.parametrize(
+  ("tree", "inside"),
+  [
+    ({"a": 1, "b": {"c": 1}}, None),
+    ({"model": {"a": 1}, "optimizer": {"a": {"mu": 1}}}, ("model",)),
+    ({"model": {"a": 1}, "epoch": 3, "loss": 1}, ("model",)),
+    ({"params": {"a": 1}, "batch_stats": {"a": 1}}, ("params",)),
+    ({"state": {"params": {"a": 1}, "opt_state": [1, 1]}}, ("state", "params")),
+    ({"net": {"a": 1}, "head": {"a": 1}}, None),  # two modules
+    ({"net": {"a": 1}, "scheduler": {"last": 3}}, ("net",)),
+    ({"model": {"a": 1}, "head": 1}, None),  # a module, beside a tensor
+  ],
+)
+def test_where_a_training_state_keeps_its_parameters(tree, inside):
+  def arrays(node):
+    if isinstance(node, dict):
+      return {name: arrays(value) for name, value in node.items()}
+    return [*map(arrays, node)] if isinstance(node, list) else np.ones(3) if node == 1 else node
+
+  for anywhere in (False, True):
+    assert _readers._model_keys(arrays(tree), lambda value: isinstance(value, np.ndarray), anywhere) == inside
+
+
+def test_optimizer_moments_beside_the_parameters(tmp_path, series, record):
+  torch = pytest.importorskip("torch")
+
+  def save(path, params):
+    tensors = {name: torch.tensor(x) for name, x in dotted(params).items()}
+    moments = {i: {"exp_avg": torch.ones(3), "step": torch.tensor(1.0)} for i in range(4)}
+    torch.save({**tensors, "optimizer": {"state": moments}, "opt_state": {"mu": torch.ones(3)}}, path)
+
+  found = checkpoints.analyze(write(tmp_path / "a", series, save, ".pt"), window=(3, 5), groups=GROUPS)
+  assert_same(found, record)
+  left_out = found.attrs["parameters_left_out"].splitlines()
+  assert "optimizer.state.*.exp_avg [3] × 4: outside of the model, as its name says" in left_out
+  assert "opt_state.mu [3]: outside of the model, as its name says" in left_out
+
+
+def test_views_that_repeat_numbers_are_left_out(tmp_path, series):
+  """They may be as large as one likes, while the file holds one number."""
+  torch = pytest.importorskip("torch")
+
+  def save(path, params):
+    torch.save({**{n: torch.tensor(x) for n, x in params.items()}, "wide": torch.ones(1).expand(10**6, 10**6)}, path)
+
+  found = checkpoints.analyze(write(tmp_path / "a", series, save, ".pt"), window=3)
+  assert "wide [1000000, 1000000]: it repeats fewer numbers" in found.attrs["parameters_left_out"]
+  assert_same(found, checkpoints.analyze(write(tmp_path / "b", series), window=3))
+
+
+def test_two_tensors_of_one_name(tmp_path, series, files):
+  message = r"step_0\.npz \(step 0\): tensors '(emb|head/kernel)' and '(emb|head/kernel)' both have the path 'x'"
+  with pytest.raises(checkpoints.CheckpointError, match=rf"{message}; check rename"):
+    checkpoints.analyze(files, window=3, rename={"emb|head/kernel": "x"})
+  wrapped = [{**params, "_orig_mod/emb": params["emb"]} for params in series]
+  with pytest.raises(checkpoints.CheckpointError, match="both have the path 'emb'"):
+    checkpoints.analyze(write(tmp_path / "a", wrapped), window=3)
+  with pytest.raises(_readers.ReadError, match=r"two tensors are named 'a\.b', by names within names; rename one"):
+    _readers._new("a.b", {"a.b": None})
+
+
 def test_torch_layout_is_mapped_to_flax(tmp_path):
   torch, nnx = pytest.importorskip("torch"), pytest.importorskip("flax.nnx")
   del nnx

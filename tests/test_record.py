@@ -214,6 +214,28 @@ def test_a_state_of_the_core(tmp_path):
   assert open_record(tmp_path / "run.nc").group.values.tolist() == list(GROUPS)
 
 
+def test_a_record_that_no_one_closed_is_finished_at_the_programs_end(tmp_path):
+  """Also after an error, and of two recorders each its own."""
+  code = """
+import sys, jax.numpy as jnp, sedjax, sedjax.record
+state = sedjax.track_spectral_edge(3).init({"w": jnp.ones(3)})
+for path in sys.argv[1:]:
+  recorder = sedjax.record.Recorder(path)
+  for step in range(5):
+    recorder.append(step, state)
+  recorder.log(3, loss=0.5)
+raise KeyError("mine")
+"""
+  paths = [tmp_path / "a.nc", tmp_path / "b.nc"]
+  done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=200, check=False)
+  assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "KeyError: 'mine'")
+  assert sorted(os.listdir(tmp_path)) == ["a.nc", "b.nc"]
+  for path in paths:
+    with open_record(path) as record:
+      assert record.step.values.tolist() == list(range(5))
+      assert record.loss.values.tolist() == [0.5]
+
+
 # ---- going on ----
 
 
