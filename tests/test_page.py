@@ -325,12 +325,16 @@ def test_in_a_browser(folder, size):
       "[...document.querySelectorAll('main *')].filter(x => !x.closest('.scroll') && "
       "x.getBoundingClientRect().right > innerWidth + 1).length"
     )
+    cut = view.evaluate(
+      "[...document.querySelectorAll('.few')].map(x => x.parentElement.scrollWidth - x.parentElement.clientWidth)"
+    )
     browser.close()
     server.shutdown()
   assert trouble == []
   assert {url for url in asked if not url.startswith("data:")} == {address}
   assert wide <= inner
   assert outside == 0
+  assert cut == [0, 0, 0]  # of phases, events and provenance nothing has to be scrolled to
   assert len(pictures) == 8
   for complete, natural, alt, shown in pictures:
     assert complete
