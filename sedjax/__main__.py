@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from sedjax import _analyze_cli
 from sedjax._analyze_cli import INTERRUPTED
+from sedjax._dataset import storable
 
 _EPILOG = """examples:
   sedjax analyze 'run/step_*/model.safetensors' -o run.nc
@@ -57,7 +58,7 @@ def _report(args: argparse.Namespace) -> int:
     raise ValueError(f"sedjax report: the page cannot take the place of its record {args.record}; give another name.")
   with _page.open_record(args.record) as source:
     _page.write_page(source, args.out, name=os.path.basename(args.record), window=args.window, group=args.group)
-  print(f"Wrote {args.out}.")
+  print(f"Wrote {storable(args.out)}.")
   return 0
 
 

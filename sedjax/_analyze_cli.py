@@ -7,6 +7,8 @@ import re
 import sys
 from typing import Any
 
+from sedjax._dataset import storable
+
 INTERRUPTED = 130  # as shells count
 # Of a sketch: 64 MiB a row. Its error falls as √(2/d), and is then 0.03 %.
 _LARGEST_DIM = 2**24
@@ -17,7 +19,8 @@ examples:
   sedjax analyze 'run/step_*/model.safetensors' -o run.nc
   sedjax analyze 'run/checkpoint-*' -o run.nc --window 5,10 --group 'attention=attn' --leave-out 'wpe|ln_'
 
-The same command goes on where an earlier one was interrupted. Checkpoints are safetensors files, index files of sharded
+The same command goes on where an earlier one was interrupted. A record of the same checkpoints is replaced, and keeps
+the series and events that were added to it; no other file is. Checkpoints are safetensors files, index files of sharded
 ones, folders that Hugging Face or orbax saved, PyTorch files (which are never executed), or npz files.
 """
 
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
   except KeyboardInterrupt:
     print("sedjax analyze: interrupted; run the same command again to go on.", file=sys.stderr)
     return INTERRUPTED
-  print(f"wrote {args.out}: {record.sizes['step']} rows")
+  print(f"wrote {storable(args.out)}: {record.sizes['step']} rows")
   return 0
 
 

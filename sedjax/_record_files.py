@@ -54,8 +54,11 @@ def open_file(path: Path) -> _netcdf.Stored:
     raise cannot("read", path, error) from error
   attrs = stored.others.attrs
   try:
-    check_version(path, int(attrs.get("record_version", 0)))
-    if "record_version" not in attrs or not {*DIMS, "index"} <= set(stored.others.coords):
+    version = np.asarray(attrs.get("record_version", ""))
+    known = version.shape == () and version.dtype.kind in "iu"
+    if known:
+      check_version(path, int(version))
+    if not known or not {*DIMS, "index"} <= set(stored.others.coords):
       raise ValueError(
         f"sedjax.record: {path} is not a record; those are written by sedjax.record.Recorder and by sedjax analyze."
       )

@@ -797,6 +797,17 @@ def test_command(tmp_path, files, record, capsys):
     assert capsys.readouterr().err.startswith("sedjax analyze: ")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+def test_names_that_are_no_text(tmp_path, files, monkeypatch):
+  folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+  shutil.copytree(os.path.dirname(files), folder)
+  monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+  assert command(f"{folder}/step_*.npz", "-o", f"{folder}/run.nc", "--window", "3") == 0
+  sys.stdout.seek(0)
+  assert sys.stdout.read() == f"wrote {tmp_path}/caf\\udce9/run.nc: 8 rows\n"
+  assert "caf\\udce9" in written(f"{folder}/run.nc").attrs["checkpoints"]
+
+
 @pytest.mark.parametrize(
   ("words", "said"),
   [

@@ -540,6 +540,10 @@ def test_opening_what_is_no_record(tmp_path):
   for use in (open_record, recorder_of):
     with pytest.raises(ValueError, match=r"other.nc is not a record"):
       use(tmp_path / "other.nc")
+  for version in ("x", [1, 2], 1.5):
+    xr.Dataset({"a": ("x", [1])}, attrs={"record_version": version}).to_netcdf(tmp_path / "odd.nc", engine="h5netcdf")
+    with pytest.raises(ValueError, match=r"odd.nc is not a record"):
+      open_record(tmp_path / "odd.nc")
   payload = json.dumps({"format": "another"}).encode()
   journal_of(tmp_path / "run.nc").write_bytes(_journal.frame(_journal.SESSION, payload))
   with pytest.raises(ValueError, match="does not begin as a sedjax journal"):
