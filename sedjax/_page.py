@@ -104,7 +104,7 @@ def make_page(source: xr.Dataset, *, name: str = "record", window: int | None = 
     group: likewise; None for the whole model.
 
   Raises:
-    ValueError: it is no record, or has no such window or group.
+    ValueError: it is no record, is damaged, or has no such window or group.
     ImportError: matplotlib is missing.
   """
   plot.load_matplotlib()  # before minutes of reading
@@ -116,7 +116,12 @@ def make_page(source: xr.Dataset, *, name: str = "record", window: int | None = 
   for what, label, labels in (("window", window, windows), ("group", group, groups)):
     if label not in labels:
       raise ValueError(f"The record has no {what} {label!r}; it has {', '.join(map(str, labels))}.")
-  return _text(Facts(source, name, window, group))
+  try:
+    facts = Facts(source, name, window, group)
+  except OSError as error:  # which HDF5 raises without a name of the file
+    why = " ".join(str(error).split())
+    raise ValueError(f"sedjax report: {name} is damaged ({why}); restore it, or make the record anew.") from error
+  return _text(facts)
 
 
 def _text(facts: Facts) -> str:

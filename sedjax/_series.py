@@ -52,7 +52,7 @@ def find_series(files: Path | Iterable[Path], steps: Sequence[int] | None) -> li
   patterns = [os.fspath(file) for file in ([files] if isinstance(files, str | os.PathLike) else files)]
   found: list[str] = []
   for pattern in patterns:
-    matching = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True), key=_by_numbers)
+    matching = [pattern] if os.path.exists(pattern) else sorted(_matching(pattern), key=_by_numbers)
     if not matching:
       what = "no file matches" if glob.has_magic(pattern) else "there is no file"
       raise CheckpointError(f"sedjax analyze: {what} {pattern!r}; quote the pattern and check the folder.")
@@ -78,6 +78,12 @@ def find_series(files: Path | Iterable[Path], steps: Sequence[int] | None) -> li
     if two.step - one.step >= 2**31:
       raise CheckpointError(f"sedjax analyze: from {one.file} to {two.file} there are {two.step - one.step} steps.")
   return series
+
+
+def _matching(pattern: str) -> list[str]:
+  """The files that a pattern fits, whose folder may have brackets in its name."""
+  folder, name = os.path.split(pattern)
+  return glob.glob(pattern, recursive=True) or glob.glob(os.path.join(glob.escape(folder), name))
 
 
 def _by_numbers(file: str) -> list[str | int]:

@@ -591,6 +591,15 @@ def test_series_that_make_no_record(tmp_path, files):
     checkpoints.analyze(files, window=3, groups={"(": "a"})
 
 
+def test_patterns_in_a_folder_with_brackets(tmp_path):
+  for folder in ("run[1]", "run[ab]", "runa"):
+    (tmp_path / folder).mkdir()
+    touched(tmp_path / folder, "step_{}", (len(folder), 100))
+  for folder, first in {"run[1]": 6, "run[ab]": 4}.items():  # of which the last is a pattern for another folder
+    found = find_series(str(tmp_path / folder / "step_*.npz"), None)
+    assert [entry.step for entry in found] == [first, 100]
+
+
 def touched(folder, names, numbers):
   """Empty files with these numbers in their names."""
   files = [folder / f"{names.format(i, i)}.npz" for i in numbers]

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 
+import h5py
 import numpy as np
 import planted
 import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 
-from sedjax import _journal, _page, _summary
+from sedjax import _journal, _netcdf, _page, _summary
 from sedjax.__main__ import main
 from sedjax._html import escape
 from sedjax._types import Status
@@ -261,6 +262,21 @@ def test_a_page_takes_an_older_pages_place(small, tmp_path):
     (tmp_path / "report.html").write_text(beginning)
     assert main(["report", str(small / "run.nc"), "-o", str(tmp_path / "report.html")]) == 0
     assert "What happened in run.nc" in (tmp_path / "report.html").read_text()
+
+
+def test_a_damaged_record_is_named(tmp_path, capsys):
+  path = tmp_path / "run.nc"
+  _netcdf.write_new(path, planted.dataset(1, 3))
+  with h5py.File(path) as file:
+    chunk = file["pc1_fraction"].id.get_chunk_info(0)
+  with open(path, "r+b") as file:
+    file.seek(chunk.byte_offset)
+    file.write(b"\0" * chunk.size)
+  assert main(["report", str(path), "-o", str(tmp_path / "report.html")]) == 1
+  err = capsys.readouterr().err
+  assert err.startswith("sedjax report: run.nc is damaged (")
+  assert err.count("\n") == 1
+  assert os.listdir(tmp_path) == ["run.nc"]
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "h5netcdf", "xarray"])
