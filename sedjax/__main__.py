@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from sedjax import _analyze_cli
+from sedjax._analyze_cli import INTERRUPTED
+from sedjax._dataset import storable
 
 _EPILOG = """examples:
   sedjax analyze 'run/step_*/model.safetensors' -o run.nc
@@ -51,9 +53,12 @@ def _parser() -> argparse.ArgumentParser:
 def _report(args: argparse.Namespace) -> int:
   from sedjax import _page
 
+  # Also where the record is a journal yet, and its file is still to come.
+  if args.out and os.path.realpath(args.out) == os.path.realpath(args.record):
+    raise ValueError(f"sedjax report: the page cannot take the place of its record {args.record}; give another name.")
   with _page.open_record(args.record) as source:
     _page.write_page(source, args.out, name=os.path.basename(args.record), window=args.window, group=args.group)
-  print(f"Wrote {args.out}.")
+  print(f"Wrote {storable(args.out)}.")
   return 0
 
 
@@ -64,24 +69,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: arguments; None for the program's own.
 
   Returns:
-    0, or 1 after one sentence on stderr that says what is wrong. (Arguments that cannot be read end the program with
-    exit code 2.)
+    0, or 1 after one sentence on stderr that says what is wrong, or 130 where it was interrupted. (Arguments that
+    cannot be read end the program with exit code 2.)
 
   Example:
     >>> main(["report", "nowhere.nc", "-o", "page.html"])
     1
   """
   args = _parser().parse_args(argv)
+  code, message = 1, ""
   try:
-    return args.run(args)
+    code = args.run(args)
   except (ValueError, ImportError) as error:
     message = str(error)
   except OSError as error:
     message = f"{error.filename!r}: {error.strerror}." if error.filename and error.strerror else str(error)
   except KeyboardInterrupt:
-    message = "interrupted."
-  print(message if message.startswith("sedjax") else f"sedjax: {message}", file=sys.stderr)
-  return 1
+    code, message = INTERRUPTED, "interrupted."
+  if message:
+    print(message if message.startswith("sedjax") else f"sedjax: {message}", file=sys.stderr)
+  if code == INTERRUPTED and argv is None:
+    # All that is to be kept is on disk. Python would now wait for the compiler's threads, or take itself apart beneath
+    # them: now and then that hung or crashed.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
 
 
 if __name__ == "__main__":

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import Any
+
+from sedjax._dataset import storable
+
+INTERRUPTED = 130  # as shells count
+# Of a sketch: 64 MiB a row. Its error falls as √(2/d), and is then 0.03 %.
+_LARGEST_DIM = 2**24
 
 DESCRIPTION = "Computes singular values, spectral edge and phases from a series of checkpoints, one tensor at a time."
 EPILOG = """
@@ -12,7 +19,8 @@ examples:
   sedjax analyze 'run/step_*/model.safetensors' -o run.nc
   sedjax analyze 'run/checkpoint-*' -o run.nc --window 5,10 --group 'attention=attn' --leave-out 'wpe|ln_'
 
-The same command goes on where an earlier one was interrupted. Checkpoints are safetensors files, index files of sharded
+The same command goes on where an earlier one was interrupted. A record of the same checkpoints is replaced, and keeps
+the series and events that were added to it; no other file is. Checkpoints are safetensors files, index files of sharded
 ones, folders that Hugging Face or orbax saved, PyTorch files (which are never executed), or npz files.
 """
 
@@ -63,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
     return 1
   except KeyboardInterrupt:
     print("sedjax analyze: interrupted; run the same command again to go on.", file=sys.stderr)
-    return 130
-  print(f"wrote {args.out}: {record.sizes['step']} rows")
+    return INTERRUPTED
+  print(f"wrote {storable(args.out)}: {record.sizes['step']} rows")
   return 0
 
 
@@ -77,8 +85,8 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
   windows = _integers("--window", args.window)
   groups = {}
   if args.leave_out is not None:
-    groups[args.leave_out] = None
-  groups |= {pattern: name for name, pattern in (_pair("--group", text) for text in args.group)}
+    groups[_pattern("--leave-out", args.leave_out)] = None
+  groups |= {_pattern("--group", pattern): name for name, pattern in (_pair("--group", text) for text in args.group)}
   if args.leave_out is not None and not args.group:
     groups[""] = "kept"
   return {
@@ -108,6 +116,17 @@ def _pair(name: str, text: str) -> tuple[str, str]:
   return before, after
 
 
+def _pattern(name: str, text: str) -> str:
+  """A regular expression, which is not empty: that would be found in every path."""
+  try:
+    re.compile(text)
+  except re.error as error:
+    raise ValueError(f"sedjax analyze: {name} must be a regular expression, got {text!r} ({error}).") from None
+  if not text:
+    raise ValueError(f"sedjax analyze: {name} must not be empty, as all paths have that; give '.' to mean all.")
+  return text
+
+
 def _sketch(text: str, seed: int) -> Any:
   from sedjax import sketch
 
@@ -116,5 +135,10 @@ def _sketch(text: str, seed: int) -> Any:
     return sketch.exact()
   if kind not in ("count", "gaussian") or not (dim.isdecimal() or not dim):
     raise ValueError(f"sedjax analyze: --sketch must be count:DIM, gaussian:DIM or exact, got {text!r}.")
+  if dim and (len(dim) > 9 or not 1 <= int(dim) <= _LARGEST_DIM):
+    raise ValueError(
+      f"sedjax analyze: the dimension of --sketch must be from 1 to {_LARGEST_DIM:,}, got {text!r}; what needs more is "
+      "--sketch exact."
+    )
   make = {"count": sketch.count, "gaussian": sketch.gaussian}[kind]
   return make(int(dim), seed=seed) if dim else make(seed=seed)

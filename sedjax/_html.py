@@ -15,6 +15,7 @@ from sedjax import plot
 from sedjax._types import Phase
 
 _LONGEST = 50_000  # characters of an attribute
+_FEW = 5  # columns of a table that a telephone has room for
 _FIGURE_SIZES = ((8.4, 3.7), (4.1, 4.1))  # inches, for wide and for narrow screens
 
 
@@ -76,7 +77,10 @@ PHASE_NAMES = {phase: name for phase, (_, _, name) in plot.PHASES.items()}
 
 
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-  """A table in a box of its own that scrolls; cells are HTML. The first `left` columns hold words, others numbers."""
+  """A table in a box of its own; cells are HTML. The first `left` columns hold words, others numbers.
+
+  On a narrow screen a few columns are made to fit, and many scroll beneath the first one.
+  """
   head = "".join(f'<th scope="col"{"" if i < left else " class=n"}>{title}</th>' for i, title in enumerate(heads))
   body = "".join(
     "<tr>"
@@ -87,11 +91,11 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], lef
     + "</tr>\n"
     for row in rows
   )
-  label = escape(caption)
+  label, kind = escape(caption), "few" if len(heads) <= _FEW else "many"
   return (
     f'<div class="box"><p class="caption">{label}</p><div class="scroll" tabindex="0" role="region" '
-    f'aria-label="{label}"><table aria-label="{label}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
-    "</div></div>"
+    f'aria-label="{label}"><table class="{kind}" aria-label="{label}"><thead><tr>{head}</tr></thead>\n'
+    f"<tbody>{body}</tbody></table></div></div>"
   )
 
 

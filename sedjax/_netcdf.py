@@ -275,7 +275,11 @@ def write_new(path: Path, record: xr.Dataset) -> None:
     ]
     chunk = (block_length(record[name].dtype, shape), *others)
     encoding[name] = {"chunksizes": chunk, "_FillValue": None, **FAST}
-  record.to_netcdf(path, engine="h5netcdf", encoding=encoding, unlimited_dims=["step"])
+  growing = ["step", *(str(dim) for dim in record.dims if str(dim).endswith("_step"))]  # the user's series grow, too
+  for name, variable in record.variables.items():
+    if variable.dims and variable.dims[0] in growing[1:]:
+      encoding[str(name)] = {"chunksizes": (LONGEST_CHUNK, *variable.shape[1:]), "_FillValue": None}
+  record.to_netcdf(path, engine="h5netcdf", encoding=encoding, unlimited_dims=growing)
 
 
 def _extend(file: Any, parts: Parts, rows: Rows) -> None:

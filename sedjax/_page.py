@@ -37,6 +37,7 @@ if TYPE_CHECKING:
   import xarray as xr
 
 _MANY_SPANS, _MANY_SEEDS = 12, 16
+_BEGINNING = "<!doctype html>"
 
 
 def open_record(path: str | os.PathLike[str]) -> xr.Dataset:
@@ -59,10 +60,17 @@ def check_record(found: xr.Dataset, name: str) -> None:
 def write_page(
   source: xr.Dataset, out: str | os.PathLike[str], *, name: str = "record", window: int | None = None, group: Any = None
 ) -> None:
-  """Writes the page of a record; the file appears whole or not at all."""
+  """Writes the page of a record; the file appears whole or not at all.
+
+  Raises:
+    ValueError: the page cannot be written there, or would take the place of what is no page; else as `make_page`.
+  """
   target = Path(out)
-  # Made first, so that a place that cannot be written to is named before the record is read.
-  handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+  _check_target(target, os.fspath(out))
+  try:  # first, so that a place that cannot be written to is told before the record is read
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".sedjax.")
+  except OSError as error:
+    raise ValueError(f"sedjax report: {out} cannot be written: {error.strerror}.") from error
   try:
     with os.fdopen(handle, "w", encoding="utf-8") as file:
       file.write(make_page(source, name=name, window=window, group=group))
@@ -71,6 +79,19 @@ def write_page(
   except BaseException:
     os.unlink(temporary)
     raise
+
+
+def _check_target(target: Path, given: str) -> None:
+  if not given or given.endswith("/") or target.is_dir():
+    raise ValueError(f"sedjax report: the page cannot be {given!r}, which is no name or a folder's; name a file.")
+  if not target.exists():
+    return
+  beginning = b""
+  if target.is_file():
+    with open(target, "rb") as file:
+      beginning = file.read(len(_BEGINNING)) or _BEGINNING.encode()  # an empty file may be anything
+  if beginning.lower() != _BEGINNING.lower().encode():
+    raise ValueError(f"sedjax report: {given} exists and is no page, so it is not replaced; give another name.")
 
 
 def make_page(source: xr.Dataset, *, name: str = "record", window: int | None = None, group: Any = None) -> str:
@@ -83,7 +104,7 @@ def make_page(source: xr.Dataset, *, name: str = "record", window: int | None = 
     group: likewise; None for the whole model.
 
   Raises:
-    ValueError: it is no record, or has no such window or group.
+    ValueError: it is no record, is damaged, or has no such window or group.
     ImportError: matplotlib is missing.
   """
   plot.load_matplotlib()  # before minutes of reading
@@ -95,7 +116,12 @@ def make_page(source: xr.Dataset, *, name: str = "record", window: int | None = 
   for what, label, labels in (("window", window, windows), ("group", group, groups)):
     if label not in labels:
       raise ValueError(f"The record has no {what} {label!r}; it has {', '.join(map(str, labels))}.")
-  return _text(Facts(source, name, window, group))
+  try:
+    facts = Facts(source, name, window, group)
+  except OSError as error:  # which HDF5 raises without a name of the file
+    why = " ".join(str(error).split())
+    raise ValueError(f"sedjax report: {name} is damaged ({why}); restore it, or make the record anew.") from error
+  return _text(facts)
 
 
 def _text(facts: Facts) -> str:
@@ -410,7 +436,12 @@ def _fidelity_section(facts: Facts) -> str:
 def _provenance_section(facts: Facts) -> str:
   rows = [[escape(key), folded(value)] for key, value in facts.attrs.items()]
   lacking = [key for key in ("sketch", "every", "momentum", "source") if key not in facts.attrs]
-  text = f"<p>Not recorded: {escape(listed(lacking))}.</p>" if lacking else ""
+  odd = [key for key in ("every", "momentum") if key in facts.attrs and getattr(facts, key) is None]
+  text = "".join(
+    f"<p>{what}: {escape(listed(keys))}.</p>"
+    for what, keys in (("Not recorded", lacking), ("Recorded with a value that cannot be", odd))
+    if keys
+  )
   listing = table("What the record says about itself", ["Attribute", "Value"], rows, left=2) if rows else ""
   return f"<h2>Where the numbers come from</h2>{text}{listing}"
 

@@ -209,6 +209,9 @@ class ShardedReader(Reader):
         if name not in self._shards[shard].tensors:
           raise ReadError(f"its shard {shard} lacks tensor {name!r}")
         self.tensors[name] = self._shards[shard].tensors[name]
+      for shard, reader in self._shards.items():
+        for name in reader.tensors.keys() - self.tensors.keys():
+          self.tensors[name] = reader.tensors[name]._replace(why_not=f"outside of the index, though {shard} holds it")
       self.in_parts = all(shard.in_parts for shard in self._shards.values())
     except BaseException:
       self.close()
@@ -538,6 +541,18 @@ _IN_FOLDERS = (
 def checkpoint_file(path: pathlib.Path) -> pathlib.Path:
   """The file to open for a path: a folder that Hugging Face saved stands for the model's file in it."""
   return next((path / name for name in _IN_FOLDERS if (path / name).exists()), path)
+
+
+def files_of(path: pathlib.Path) -> list[pathlib.Path]:
+  """All files that a checkpoint consists of, as far as they are there."""
+  path = checkpoint_file(path)
+  if path.is_dir():
+    return sorted(file for file in path.rglob("*") if file.is_file())
+  shards: set[str] = set()
+  if path.name.endswith(".index.json"):
+    with contextlib.suppress(Exception):  # a damaged one is told where it is read
+      shards = {shard for shard in json.loads(path.read_bytes())["weight_map"].values() if isinstance(shard, str)}
+  return [path, *sorted(path.parent / shard for shard in shards if (path.parent / shard).is_file())]
 
 
 def open_checkpoint(path: pathlib.Path) -> Reader:

@@ -24,7 +24,7 @@ def journal_of(path: Path) -> Path:
 
 def cannot(do: str, path: Path, error: BaseException) -> ValueError:
   """What is raised where a file cannot be read or written, with the reason in one sentence."""
-  why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+  why = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
   return ValueError(f"sedjax.record: cannot {do} {path}: {why}.")
 
 
@@ -36,18 +36,29 @@ def check_version(path: Path, version: int) -> None:
     )
 
 
+def check_file(path: Path) -> None:
+  """Refuses what is there and no file: to open a pipe would wait for whoever writes into it."""
+  if path.exists() and not path.is_file():
+    kind = "a folder" if path.is_dir() else "a device or a pipe"
+    raise ValueError(f"sedjax.record: {path} is {kind}; name the file of a record.")
+
+
 def open_file(path: Path) -> _netcdf.Stored:
   """Opens the NetCDF file; one that is damaged, no record or newer raises a ValueError."""
   from sedjax import _netcdf
 
+  check_file(path)
   try:
     stored = _netcdf.open_stored(path, FIELDS)
   except Exception as error:  # h5py raises errors of many kinds
     raise cannot("read", path, error) from error
   attrs = stored.others.attrs
   try:
-    check_version(path, int(attrs.get("record_version", 0)))
-    if "record_version" not in attrs or not {*DIMS, "index"} <= set(stored.others.coords):
+    version = np.asarray(attrs.get("record_version", ""))
+    known = version.shape == () and version.dtype.kind in "iu"
+    if known:
+      check_version(path, int(version))
+    if not known or not {*DIMS, "index"} <= set(stored.others.coords):
       raise ValueError(
         f"sedjax.record: {path} is not a record; those are written by sedjax.record.Recorder and by sedjax analyze."
       )

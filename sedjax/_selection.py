@@ -62,7 +62,8 @@ class Selection:
   left_out: dict[str, tuple[tuple[int, ...], str]]  # by path: shape, why
   labels: tuple[str, ...]  # names of the labels, in the state's order
   config: core.Config
-  tree: dict[str, jax.ShapeDtypeStruct]
+  tree: dict[str, jax.ShapeDtypeStruct]  # of all parameters, tracked or not, but of tied ones the first alone
+  no_parameters: frozenset[str]  # paths of what the first checkpoint holds besides
   rename: tuple[tuple[str, str], ...]
 
   @property
@@ -166,10 +167,14 @@ class Reading:
         raise error_at(self.entry, name, f"its shape is {info.shape}, in the first checkpoint it is {leaf.info.shape}")
       if info.dtype != leaf.info.dtype:
         raise error_at(self.entry, name, f"its dtype is {info.dtype}, in the first checkpoint it is {leaf.info.dtype}")
-    known = {leaf.path for leaf in selection.leaves} | selection.left_out.keys() | selection.tree.keys()
+    known = selection.left_out.keys() | selection.tree.keys()
     for path, info in self.infos.items():
-      if path not in known and not _why_not(path, info):
-        raise error_at(self.entry, self.names[path], f"the first checkpoint {first.file} has no such tensor")
+      if path in known - selection.no_parameters or _why_not(path, info):
+        continue
+      why = f"the first checkpoint {first.file} has no such tensor"
+      if path in known:
+        why = f"it is a parameter, but not in the first checkpoint {first.file} ({selection.left_out[path][1]})"
+      raise error_at(self.entry, self.names[path], why)
 
   def close(self) -> None:
     self._reader.close()
@@ -241,6 +246,7 @@ def select(
           tied = _tied(first, last, paths)
         break
   left_out = {path: what for path, what in left_out.items() if what[1]}
+  no_parameters = frozenset(left_out)
   left_out |= {path: (first.infos[path].shape, f"tied to {kept}") for path, kept in tied.items()}
   left_out |= {name: (info.shape, info.why_not) for name, info in first.outside.items()}
   leaves = [
@@ -258,7 +264,7 @@ def select(
     raise error_at(series[0], None, f"none of its {len(first.infos)} tensors is a parameter to be tracked")
   if config.groups is not None and WHOLE in labels:
     raise CheckpointError(f"sedjax analyze: a group cannot be named {WHOLE!r}, which is the whole model.")
-  return Selection(kept, left_out, labels, config, tree, rename)
+  return Selection(kept, left_out, labels, config, tree, no_parameters, rename)
 
 
 def _summary(lines: Iterable[tuple[str, tuple[int, ...], str]]) -> list[str]:

@@ -13,6 +13,10 @@ from typing import NamedTuple
 from sedjax._readers import ReadError
 
 Path = str | os.PathLike[str]
+# What shows that digits in a name are no whole number by themselves: a fraction, a power of ten, thousands set apart or
+# as a letter; before them also a sign, unless it only parts words.
+_AFTER = re.compile(r"[.,']\d|_000(?!\d)|[eE][-+]?\d|[kKmMbBgGtT](?![a-zA-Z])|[kKMBGT](?=tok|step|iter|img)")
+_BEFORE = re.compile(r"(\d[.,']|\d[eE][-+]?|(^|[\s_=/(])[-+])$")
 
 
 class CheckpointError(ValueError):
@@ -48,7 +52,7 @@ def find_series(files: Path | Iterable[Path], steps: Sequence[int] | None) -> li
   patterns = [os.fspath(file) for file in ([files] if isinstance(files, str | os.PathLike) else files)]
   found: list[str] = []
   for pattern in patterns:
-    matching = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True), key=_by_numbers)
+    matching = [pattern] if os.path.exists(pattern) else sorted(_matching(pattern), key=_by_numbers)
     if not matching:
       what = "no file matches" if glob.has_magic(pattern) else "there is no file"
       raise CheckpointError(f"sedjax analyze: {what} {pattern!r}; quote the pattern and check the folder.")
@@ -74,6 +78,12 @@ def find_series(files: Path | Iterable[Path], steps: Sequence[int] | None) -> li
     if two.step - one.step >= 2**31:
       raise CheckpointError(f"sedjax analyze: from {one.file} to {two.file} there are {two.step - one.step} steps.")
   return series
+
+
+def _matching(pattern: str) -> list[str]:
+  """The files that a pattern fits, whose folder may have brackets in its name."""
+  folder, name = os.path.split(pattern)
+  return glob.glob(pattern, recursive=True) or glob.glob(os.path.join(glob.escape(folder), name))
 
 
 def _by_numbers(file: str) -> list[str | int]:
@@ -103,4 +113,20 @@ def _steps_from_names(files: list[str]) -> list[int]:
       f"sedjax analyze: several numbers vary over the names (as from {files[0]} to {files[example]}), so steps are not "
       "known; narrow the pattern, give the index or the folder of sharded checkpoints, or give steps."
     )
-  return list(varying[0])
+  steps = varying[0]
+  places = [at for at in range(1, len(parts[0]), 2) if tuple(int(part[at]) for part in parts) == steps]
+  unplain = [_unplain(files, parts, at) for at in places]
+  if None not in unplain:
+    raise CheckpointError(
+      f"sedjax analyze: the steps in the names are not written as plain whole numbers ({unplain[0]}); give steps."
+    )
+  return list(steps)
+
+
+def _unplain(files: list[str], parts: list[list[str]], at: int) -> str | None:
+  """Of a number in the names, an example that is not a plain whole number; None where there is none."""
+  for file, part in zip(files, parts, strict=True):
+    before, after = _BEFORE.search("".join(part[:at])), _AFTER.match("".join(part[at + 1 :]))
+    if before or after:
+      return f"{before.group() if before else ''}{part[at]}{after.group() if after else ''} in {file}"
+  return None

@@ -25,6 +25,8 @@ from sedjax._store import Store, signature_of
 from sedjax._types import Report
 
 _SAVE_SECONDS = 0.5  # from one save of the state to the next, at least
+# Of a row: reports have norms in float32, of several rows together.
+_LARGEST_NORM = 1e36
 _WORKING = 2  # tensors or parts that compiled functions may be at work on while the next one is handed to them
 
 
@@ -142,6 +144,7 @@ def _sketches(
 ) -> Iterator[_Sketched]:
   """Sketches of the checkpoints from number `start` on."""
   rows = np.zeros((len(selection.labels), selection.config.sketch.dim))
+  large, large_before = None, None  # the first tensor with too large numbers, in this checkpoint and the one before
   ring = Ring()
   working: collections.deque[tuple[_Item, list[Callable[[np.ndarray], None]]]] = collections.deque()
   with (
@@ -157,19 +160,26 @@ def _sketches(
         for finish in finishes:
           finish(row)
         ring.give_back()
-        if not np.isfinite(row).all():
+        greatest = np.abs(row).max()  # NaN where there is one
+        if not np.isfinite(greatest):
           raise error_at(series[i], done.leaf.path, "it holds NaN or infinite numbers")
+        if large is None and greatest > _LARGEST_NORM / row.size:
+          large = done.leaf.path
         bar.add(done.array.nbytes, f"step {series[i].step}")
       if not item.last:
         continue
       change, steps, lossy = None, series[i].step - base_step, False
       if base is not None:
+        norm = _norm(rows - base)
+        if not norm < _LARGEST_NORM:
+          why = f"since step {base_step} it changed by {_LARGEST_NORM:g} or more, too much for reports in float32"
+          raise error_at(series[i], large or large_before, why)
         change = (rows - base).astype(np.float32)
-        lossy = _norm(rows) * 2.0**-50 > 0.01 * _norm(change)
+        lossy = _norm(rows) * 2.0**-50 > 0.01 * norm
       if base is None or np.any(change):
         base, base_step = rows, series[i].step
       yield _Sketched(i, change, steps, lossy, base, base_step, signature_of(series[i]))
-      rows = np.zeros_like(rows)
+      rows, large, large_before = np.zeros_like(rows), None, large
 
 
 def sketch_series(
@@ -229,7 +239,8 @@ def sketch_series(
 
 
 def _norm(x: np.ndarray) -> float:
-  return float(np.sqrt(np.square(x, dtype=np.float64).sum()))
+  with np.errstate(over="ignore"):
+    return float(np.sqrt(np.square(x, dtype=np.float64).sum()))
 
 
 def _to_bytes(report: Report) -> bytes:

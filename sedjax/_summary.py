@@ -64,8 +64,8 @@ class Facts:
     self.seeds = [str(seed) for seed in source.seed.values.tolist()]
     self.windows, self.groups = source.window.values.tolist(), [str(label) for label in source.group.values.tolist()]
     self.steps = source.step.values
-    self.every = self._attr("every")
-    self.momentum = self._attr("momentum")
+    self.every = self._attr("every", 1, 2**63)
+    self.momentum = self._attr("momentum", 0, 1)
     self.exact = str(self.attrs.get("sketch", "")).lower().startswith("exact")
     # In words: what the text is about, what its pictures of one seed show, how far a window looks back.
     self.whole = "the whole model" if group == record.WHOLE else f"group “{group}”"
@@ -85,12 +85,13 @@ class Facts:
     shown = np.where(self.filled, self.gap, np.nan)
     self.spans = [spans_of(self.steps, self.phase[:, i], shown[:, i]) for i in range(len(self.seeds))]
 
-  def _attr(self, key: str) -> float | None:
-    """An attribute that is one number, else None."""
+  def _attr(self, key: str, low: float, limit: float) -> float | None:
+    """An attribute that is one number and in its range, else None."""
     try:
-      return float(np.asarray(self.attrs[key]))
+      value = float(np.asarray(self.attrs[key]))
     except (KeyError, TypeError, ValueError):
       return None
+    return value if low <= value < limit else None
 
 
 def _read(source: xr.Dataset, w: int, g: int) -> tuple[Sums, xr.Dataset, xr.Dataset, xr.Dataset]:

@@ -32,8 +32,8 @@ from sedjax._dataset import provenance, to_dataset
 from sedjax._exact import exact_series
 from sedjax._selection import Groups, Selection, group_function, left_out_lines, say_what_is_read, select, taken_lines
 from sedjax._series import CheckpointError as CheckpointError
-from sedjax._series import Entry, Path, find_series
-from sedjax._store import Store, identity_of, write_record
+from sedjax._series import Entry, Path, error_at, find_series
+from sedjax._store import Store, check_place, checkpoints_id, identity_of, replaceable, write_record
 from sedjax._streams import sketch_series
 from sedjax._types import Report
 
@@ -77,17 +77,19 @@ def analyze(
     transpose: a regular expression; tensors whose (renamed) path it is found in have their axes (out, in, …) turned to
       (…, in, out), as flax has the kernels that PyTorch stores as weights.
     out: file for the record (NetCDF). The unfinished analysis lies beside it in the folder `<out>.part`, so that the
-      same call goes on where another one ended, or half a second before (exact: after each tensor).
+      same call goes on where another one ended, or half a second before (exact: after each tensor). A record of the
+      same checkpoints is replaced by one of as many rows or more, which keeps the user's series, events and attributes;
+      any other file is not.
     progress: whether to show a bar, on a terminal.
 
   Returns:
     A record as `sedjax.record.to_dataset` makes it, over the steps of all checkpoints but the first.
 
   Raises:
-    CheckpointError: no files, too few for the window, unknown, repeated or descending steps; a file that is missing,
-      damaged, or would run code; a tensor that is missing, new, of another shape or dtype, or not finite; a full disk.
-      With `out`, the rows before it are in the record and are not computed again (exact: what was summed is
-      kept, and rows come at the end).
+    CheckpointError: `out` cannot be written or holds something else; no files, too few for the window, unknown,
+      repeated or descending steps; a file that is missing, damaged, or would run code; a tensor that is missing, new,
+      of another shape or dtype, not finite, or whose changes float32 cannot hold; a full disk. With `out`, the rows
+      before it are in the record and are not computed again (exact: what was summed is kept, and rows come at the end).
     ValueError: an argument is out of its range.
 
   Cost: one read of the files; the memory of some tens of MiB where safetensors are read, and of two of the largest
@@ -107,11 +109,15 @@ def analyze(
     >>> record.attrs["parameters_taken"]
     'w [40, 30]'
   """
+  if out is not None:  # what could not be written after hours is told before them
+    check_place(out)
   series = find_series(files, steps)
+  if out is not None:
+    replaceable(out, series)
   if every is None:
     gaps = collections.Counter(two.step - one.step for one, two in itertools.pairwise(series))
     every = gaps.most_common(1)[0][0] if gaps else 1
-  config = core.Config(window, every, k_max, sketch, group_function(groups), "updates", momentum)
+  config = _config(window, every, k_max, sketch, group_function(groups), "updates", momentum)
   if len(series) - 1 < max(config.windows):
     raise CheckpointError(
       f"sedjax analyze: {len(series)} checkpoints ({series[0].file}, step {series[0].step}, to {series[-1].file}) make "
@@ -122,21 +128,35 @@ def analyze(
   store = Store(out, identity_of(series, selection, config.exact))
   found: list[tuple[int, Report]] = []
   try:
-    for row in (exact_series if config.exact else sketch_series)(series, selection, store, progress):
-      found.append(row)
+    with np.errstate(over="ignore", invalid="ignore"):  # which is told of below
+      for i, report in (exact_series if config.exact else sketch_series)(series, selection, store, progress):
+        if not np.all(np.isfinite(report.last_update_norm)):
+          raise error_at(series[i], None, "since the checkpoint before, it changed by more than float32 can hold")
+        found.append((i, report))
   except CheckpointError as error:
     if out is None or not found:
       raise
+    written = False
     with contextlib.suppress(CheckpointError):  # the first error is the one to tell
-      write_record(_record(series, selection, found), out)
+      written = write_record(_record(series, selection, found), out, series)
+    where = os.fspath(out) if written else f"{store.folder}, and {os.fspath(out)} is left as it was"
     raise CheckpointError(
-      f"{error} The rows up to step {series[found[-1][0]].step} are kept in {os.fspath(out)}; run it again to go on."
+      f"{error} The rows up to step {series[found[-1][0]].step} are kept in {where}; run it again to go on."
     ) from error
   record = _record(series, selection, found)
   if out is not None:
-    write_record(record, out)
+    write_record(record, out, series)
     store.remove()
   return record
+
+
+def _config(*arguments: Any) -> core.Config:
+  """The configuration, whose errors speak of this function."""
+  try:
+    return core.Config(*arguments)
+  except ValueError as error:
+    text = str(error).partition(" Inside optax.inject_hyperparams")[0]
+    raise ValueError(text.replace("track_spectral_edge:", "sedjax analyze:", 1)) from None
 
 
 def _compiled(rename: Mapping[str, str] | None, transpose: str | None) -> tuple[tuple[str, str], ...]:
@@ -157,6 +177,7 @@ def _record(series: list[Entry], selection: Selection, found: list[tuple[int, Re
   attrs = {name: value for name, value in known.items() if value is not None} | {
     "sketch_id": list(config.sketch.sketch_id),
     "checkpoints": f"{series[0].file} … {series[found[-1][0]].file}",
+    "checkpoints_id": checkpoints_id(series),
     "parameters_taken": "\n".join(taken_lines(selection)),
     "parameters_left_out": "\n".join(left_out_lines(selection)),
   }

@@ -38,6 +38,7 @@ _DIFFER = ("#F3F3F3", "..", "seeds differ")
 _HATCH = "#00000030"
 # Okabe and Ito's colours, darkest first.
 _COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_GREATEST = 1e300
 _STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
 
 
@@ -282,10 +283,13 @@ def series(record: xr.Dataset, name: str, *, ax: Any = None, seed: Any = None) -
   if "seed" in values.dims:
     values = values.isel(seed=_places(record, seed))
   columns = np.asarray(values.values, float).reshape(values.shape[0], -1)
+  # An axis of greater numbers would have an infinite length.
+  columns = np.where(np.isfinite(columns), np.clip(columns, -_GREATEST, _GREATEST), columns)
   steps = record[f"{name}_step"].values
-  labels = [f"seed {label}" for label in values.seed.values] if "seed" in values.dims and values.seed.ndim else [None]
+  of_seeds = "seed" in values.dims and values.seed.ndim
+  labels = [_short(f"seed {label}") for label in values.seed.values] if of_seeds else [None]
   if columns.shape[1] > 1 + len(_COLORS):
-    _band(ax, steps, columns, name.replace("_", " "))
+    _band(ax, steps, columns, _short(name.replace("_", " ")))
   else:
     for i, (column, label) in enumerate(zip(columns.T, labels, strict=True)):
       _line(ax, steps, column, color=_COLORS[i % len(_COLORS)], ls=_STYLES[i % len(_STYLES)], lw=1.3, label=label,
@@ -562,14 +566,16 @@ def _label(record: xr.Dataset, name: str, width: int = 30) -> str:
   known = FIELDS.get(name, (name.replace("_", " "), ""))
   attrs = record[name].attrs if name in record.variables else {}
   text, unit = str(attrs.get("long_name", known[0])), str(attrs.get("units", known[1]))
-  # A dollar sign would begin a formula.
-  text = textwrap.fill((f"{text} ({unit})" if unit not in ("", "1", "steps") else text).replace("$", r"\$"), width)
-  return text
+  return textwrap.fill(_plain(f"{text} ({unit})" if unit not in ("", "1", "steps") else text), width)
+
+
+def _plain(text: str) -> str:
+  """Text of the record as matplotlib has to be given it: a dollar sign would begin a formula."""
+  return " ".join(text.split()).replace("$", r"\$")
 
 
 def _short(name: str, length: int = 28) -> str:
-  name = name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}"
-  return name.replace("$", r"\$")
+  return _plain(name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}")
 
 
 def _finish(ax: Any, record: xr.Dataset, name: str | None, reverse: bool = False) -> Any:

@@ -40,7 +40,16 @@ from sedjax._dataset import (
   storable,
   to_dataset,
 )
-from sedjax._record_files import cannot, check_version, existing_layout, journal_of, layout_of, open_file, rows_of
+from sedjax._record_files import (
+  cannot,
+  check_file,
+  check_version,
+  existing_layout,
+  journal_of,
+  layout_of,
+  open_file,
+  rows_of,
+)
 from sedjax._transform import find_tracker
 from sedjax._types import Report
 
@@ -139,6 +148,8 @@ class Recorder:
         raise ValueError(
           f"sedjax.record: an attribute cannot be named {key!r}; the file has no such names, or uses it."
         )
+    check_file(self.path)
+    check_file(journal_of(self.path))
     try:
       self._journal = _journal.Journal(journal_of(self.path))
     except (OSError, ValueError) as error:
@@ -392,7 +403,7 @@ class Recorder:
   def _write_note(self, payload: bytes) -> None:
     data = _journal.frame(_journal.NOTE, payload)
     if not self._begun and self._layout is not None:
-      self._begin(self._layout | {"attrs": {}})
+      self._begin(self._layout | {"attrs": _attributes(self._attrs)})
     if self._begun:
       self._journal.write(data)
     else:
@@ -432,7 +443,7 @@ class Recorder:
     device = min(devices, key=lambda device: device.id, default=None)
     known = provenance(self._config if self._tracked else None, device)
     own = {"sketch_id": sketch_id} if sketch_id is not None else {}
-    attrs = {name: storable(_plain(x)) for name, x in {**known, **own, **self._attrs}.items() if x is not None}
+    attrs = _attributes({**known, **own, **self._attrs})
     return {"format": _journal.FORMAT, "version": VERSION, **new, "attrs": attrs}
 
   def _finish(self) -> None:
@@ -489,6 +500,8 @@ def open_record(path: str | Path) -> xr.Dataset:
   # The journal first: a writer that finishes in between leaves a file that has the journal's rows already, and joining
   # them again changes nothing.
   journal = journal_of(path)
+  for each in (journal, path):
+    check_file(each)
   try:
     file = open(journal, "rb")
   except FileNotFoundError:
@@ -536,6 +549,11 @@ def _step_of(step: Any) -> int:
   if not 0 <= step < 2**63:
     raise ValueError(f"sedjax.record: step must be an int in 0…2**63 - 1, got {step}.")
   return step
+
+
+def _attributes(values: Mapping[str, Any]) -> dict[str, Any]:
+  """As a record has them; those that are None are left out."""
+  return {name: storable(_plain(value)) for name, value in values.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:

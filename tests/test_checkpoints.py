@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 import types
 
@@ -34,6 +35,7 @@ from sedjax import (
   checkpoints,
 )
 from sedjax._null import row_covariance
+from sedjax._series import Entry, find_series
 from sedjax.record import Recorder, open_record, to_dataset
 
 safetensors = pytest.importorskip("safetensors.numpy")
@@ -293,6 +295,82 @@ def test_copies_that_part_ways_are_not_tied(tmp_path, series):
   assert "ema/emb" in checkpoints.analyze(write(tmp_path, series), window=3).attrs["parameters_taken"]
 
 
+def test_numbers_in_another_order_of_bytes(tmp_path, series, record):
+  swapped = [{name: x.astype(">f4") for name, x in params.items()} for params in series]
+  for kind in ("plain", "compressed", "fortran"):
+    files = write(tmp_path / kind, swapped, *FORMATS.get(kind, ()))
+    assert_same(checkpoints.analyze(files, window=(3, 5), groups=GROUPS), record)
+
+
+def test_numbers_that_are_too_long_are_left_out(tmp_path, series):
+  if np.dtype(np.longdouble).itemsize == 8:
+    pytest.skip("no longer floats here")
+  long = [{**params, "long": np.ones(3, np.longdouble)} for params in series]
+  found = checkpoints.analyze(write(tmp_path / "a", long), window=3)
+  assert found.attrs["parameters_left_out"] == f"long [3]: dtype {np.dtype(np.longdouble)} cannot be read"
+
+
+@pytest.mark.parametrize(
+  ("tree", "inside"),
+  [
+    ({"a": 1, "b": {"c": 1}}, None),
+    ({"model": {"a": 1}, "optimizer": {"a": {"mu": 1}}}, ("model",)),
+    ({"model": {"a": 1}, "epoch": 3, "loss": 1}, ("model",)),
+    ({"params": {"a": 1}, "batch_stats": {"a": 1}}, ("params",)),
+    ({"state": {"params": {"a": 1}, "opt_state": [1, 1]}}, ("state", "params")),
+    ({"net": {"a": 1}, "head": {"a": 1}}, None),  # two modules
+    ({"net": {"a": 1}, "scheduler": {"last": 3}}, ("net",)),
+    ({"model": {"a": 1}, "head": 1}, None),  # a module, beside a tensor
+  ],
+)
+def test_where_a_training_state_keeps_its_parameters(tree, inside):
+  def arrays(node):
+    if isinstance(node, dict):
+      return {name: arrays(value) for name, value in node.items()}
+    return [*map(arrays, node)] if isinstance(node, list) else np.ones(3) if node == 1 else node
+
+  for anywhere in (False, True):
+    assert _readers._model_keys(arrays(tree), lambda value: isinstance(value, np.ndarray), anywhere) == inside
+
+
+def test_optimizer_moments_beside_the_parameters(tmp_path, series, record):
+  torch = pytest.importorskip("torch")
+
+  def save(path, params):
+    tensors = {name: torch.tensor(x) for name, x in dotted(params).items()}
+    moments = {i: {"exp_avg": torch.ones(3), "step": torch.tensor(1.0)} for i in range(4)}
+    torch.save({**tensors, "optimizer": {"state": moments}, "opt_state": {"mu": torch.ones(3)}}, path)
+
+  found = checkpoints.analyze(write(tmp_path / "a", series, save, ".pt"), window=(3, 5), groups=GROUPS)
+  assert_same(found, record)
+  left_out = found.attrs["parameters_left_out"].splitlines()
+  assert "optimizer.state.*.exp_avg [3] × 4: outside of the model, as its name says" in left_out
+  assert "opt_state.mu [3]: outside of the model, as its name says" in left_out
+
+
+def test_views_that_repeat_numbers_are_left_out(tmp_path, series):
+  """They may be as large as one likes, while the file holds one number."""
+  torch = pytest.importorskip("torch")
+
+  def save(path, params):
+    torch.save({**{n: torch.tensor(x) for n, x in params.items()}, "wide": torch.ones(1).expand(10**6, 10**6)}, path)
+
+  found = checkpoints.analyze(write(tmp_path / "a", series, save, ".pt"), window=3)
+  assert "wide [1000000, 1000000]: it repeats fewer numbers" in found.attrs["parameters_left_out"]
+  assert_same(found, checkpoints.analyze(write(tmp_path / "b", series), window=3))
+
+
+def test_two_tensors_of_one_name(tmp_path, series, files):
+  message = r"step_0\.npz \(step 0\): tensors '(emb|head/kernel)' and '(emb|head/kernel)' both have the path 'x'"
+  with pytest.raises(checkpoints.CheckpointError, match=rf"{message}; check rename"):
+    checkpoints.analyze(files, window=3, rename={"emb|head/kernel": "x"})
+  wrapped = [{**params, "_orig_mod/emb": params["emb"]} for params in series]
+  with pytest.raises(checkpoints.CheckpointError, match="both have the path 'emb'"):
+    checkpoints.analyze(write(tmp_path / "a", wrapped), window=3)
+  with pytest.raises(_readers.ReadError, match=r"two tensors are named 'a\.b', by names within names; rename one"):
+    _readers._new("a.b", {"a.b": None})
+
+
 def test_torch_layout_is_mapped_to_flax(tmp_path):
   torch, nnx = pytest.importorskip("torch"), pytest.importorskip("flax.nnx")
   del nnx
@@ -384,6 +462,53 @@ def test_another_analysis_begins_anew(tmp_path, files, monkeypatch, capsys):
   assert_same(found, checkpoints.analyze(files, window=4))
 
 
+@pytest.mark.parametrize(
+  "other",
+  [
+    {"rename": {"^emb$": "x", "^head/kernel$": "emb", "^x$": "head/kernel"}},
+    {"transpose": "head"},
+  ],
+  ids=lambda other: next(iter(other)),
+)
+def test_an_analysis_of_other_tensors_does_not_go_on(tmp_path, monkeypatch, capsys, other):
+  """Also where both have all paths in common, by names that change places."""
+  series = [{"emb": params["emb"][:24, :17], "head/kernel": params["head/kernel"]} for params in walk(5)]
+  files, save = write(tmp_path / "a", series), _store.Store.save
+
+  def stop(self, *args):
+    save(self, *args)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(_store.Store, "save", stop)
+  options = {"window": 3, "groups": {"emb": "a"}, "out": tmp_path / "run.nc"}
+  with pytest.raises(KeyboardInterrupt):
+    checkpoints.analyze(files, **options)
+  monkeypatch.setattr(_store.Store, "save", save)
+  found = checkpoints.analyze(files, **options | other)
+  assert "beginning anew" in capsys.readouterr().err
+  assert_same(found, checkpoints.analyze(files, **options | other | {"out": None}))
+
+
+@pytest.mark.parametrize("kind", ["npz", "sharded", "orbax"])
+def test_a_checkpoint_that_was_written_again_is_noticed(tmp_path, series, kind):
+  """Whichever of its files it is, of the same size as before."""
+  if kind == "npz":
+    np.savez(tmp_path / "a", **series[0])
+    path = tmp_path / "a.npz"
+  else:
+    path = tmp_path / "a"
+    FORMATS[kind][0](path, series[0])
+  files = [file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+  assert len(files) >= {"npz": 1, "sharded": 3, "orbax": 4}[kind]
+  entry, signatures = Entry(str(path), 0), []
+  for file in [None, *files]:
+    if file is not None:
+      os.utime(file, ns=(0, os.stat(file).st_mtime_ns + 10**7))
+    signatures.append(json.dumps(_store.signature_of(entry)))
+    assert signatures[-1] == json.dumps(_store.signature_of(entry))
+  assert len(set(signatures)) == len(files) + 1
+
+
 # ---- bad input ----
 
 
@@ -466,6 +591,82 @@ def test_series_that_make_no_record(tmp_path, files):
     checkpoints.analyze(files, window=3, groups={"(": "a"})
 
 
+def test_patterns_in_a_folder_with_brackets(tmp_path):
+  for folder in ("run[1]", "run[ab]", "runa"):
+    (tmp_path / folder).mkdir()
+    touched(tmp_path / folder, "step_{}", (len(folder), 100))
+  for folder, first in {"run[1]": 6, "run[ab]": 4}.items():  # of which the last is a pattern for another folder
+    found = find_series(str(tmp_path / folder / "step_*.npz"), None)
+    assert [entry.step for entry in found] == [first, 100]
+
+
+def touched(folder, names, numbers):
+  """Empty files with these numbers in their names."""
+  files = [folder / f"{names.format(i, i)}.npz" for i in numbers]
+  for file in files:
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+  return files
+
+
+@pytest.mark.parametrize(
+  ("names", "shown"),
+  [
+    ("step_{}e3", "1e3 in "),
+    ("step_1e{}", "1e1 in "),
+    ("step_1e-{}", "1e-1 in "),
+    ("step_{}k", "1k in "),
+    ("{}Mtok", "1M in "),
+    ("step_{},000", "1,0 in "),
+    ("step_{}_000", "1_000 in "),
+    ("epoch_{}.0", "1.0 in "),
+    ("epoch_0.{}", "0.1 in "),
+    ("step_-{}", "_-1 in "),
+    ("step_{}e3/model_{}k", "1e3 in "),
+  ],
+)
+def test_numbers_in_names_that_are_no_steps(tmp_path, names, shown):
+  files = touched(tmp_path, names, range(1, 6))
+  message = rf"the steps in the names are not written as plain whole numbers \({shown}.*1.*\); give steps"
+  with pytest.raises(checkpoints.CheckpointError, match=message):
+    find_series(files, None)
+  assert find_series(files, [1000 * i for i in range(1, 6)])[-1].step == 5000
+
+
+@pytest.mark.parametrize(
+  "names", ["checkpoint-{}", "{}", "0.5B_v1.5_step{}_lr1e-3", "step_{}k/model-{}", "epoch={}_512", "global_step{}"]
+)
+def test_numbers_in_names_that_are_steps(tmp_path, names):
+  found = find_series(touched(tmp_path, names, ("01", "10", "9")), None)
+  assert [entry.step for entry in found] == [1, 9, 10]
+
+
+def test_a_parameter_that_the_first_checkpoint_left_out(tmp_path):
+  for i, (first, why) in enumerate({(0, 3): "it is empty", (4, 3): "it holds no floats but int32"}.items()):
+    new = np.zeros(first, np.int32 if i else np.float32)
+    series = [{**params, "late": new if step < 3 else np.ones((4, 3), "f4")} for step, params in enumerate(walk(5))]
+    message = rf"\(step 15\), tensor 'late': it is a parameter, but not in the first checkpoint .* \({why}\)"
+    with pytest.raises(checkpoints.CheckpointError, match=message):
+      checkpoints.analyze(write(tmp_path / str(i), series), window=3)
+
+
+@pytest.mark.parametrize("where", [3, 4])
+@pytest.mark.parametrize("exact", [False, True])
+def test_changes_beyond_float32_are_named(tmp_path, exact, where):
+  series = [{name: x.astype(np.float64) for name, x in params.items()} for params in walk(6)]
+  series[where]["emb"] *= 1e200
+  files, sketch = write(tmp_path / "a", series), sedjax.sketch.exact() if exact else None
+  tensor = "" if exact else ", tensor 'emb'"
+  message = rf"\(step {5 * where}\){tensor}: since .* changed by .* float32.*rows up to step {5 * (where - 1)} are kept"
+  with pytest.raises(checkpoints.CheckpointError, match=message):
+    checkpoints.analyze(files, window=3, sketch=sketch, out=tmp_path / "run.nc")
+  with open_record(tmp_path / "run.nc") as kept:
+    assert np.isfinite(kept.singular_values).all()
+  constant = [{**params, "emb": series[where]["emb"]} for params in series]
+  found = checkpoints.analyze(write(tmp_path / "b", constant), window=3, sketch=sketch)
+  assert np.isfinite(found.singular_values).all()
+
+
 def test_given_steps_meet_files_in_the_order_of_their_numbers(tmp_path, series, record):
   for i, params in enumerate(series):
     np.savez(tmp_path / f"epoch={i + 5}-step={7 * (i + 5)}.npz", **params)  # 10 comes before 5 in the order of letters
@@ -502,6 +703,16 @@ def test_steps_are_sorted_as_numbers(tmp_path, series, record):
     str(tmp_path / "x*.npz"), steps=[i * EVERY for i in range(COUNT)], window=(3, 5), groups=GROUPS
   )
   assert_same(found, record)
+
+
+def test_tensors_that_the_index_does_not_list(tmp_path, series, record):
+  files = write(tmp_path / "a", series, *FORMATS["sharded"])
+  for path in (tmp_path / "a").glob("*/model-00001*"):
+    safetensors.save_file({**safetensors.load_file(path), "ema.emb": np.ones((3, 2), np.float32)}, path)
+  found = checkpoints.analyze(files, window=(3, 5), groups=GROUPS)
+  assert_same(found, record)
+  left_out = found.attrs["parameters_left_out"]
+  assert left_out == "ema.emb [3, 2]: outside of the index, though model-00001-of-00002.safetensors holds it"
 
 
 class Evil:
@@ -593,6 +804,55 @@ def test_command(tmp_path, files, record, capsys):
   ):
     assert command(*words) == 1
     assert capsys.readouterr().err.startswith("sedjax analyze: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+def test_names_that_are_no_text(tmp_path, files, monkeypatch):
+  folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+  shutil.copytree(os.path.dirname(files), folder)
+  monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+  assert command(f"{folder}/step_*.npz", "-o", f"{folder}/run.nc", "--window", "3") == 0
+  sys.stdout.seek(0)
+  assert sys.stdout.read() == f"wrote {tmp_path}/caf\\udce9/run.nc: 8 rows\n"
+  assert "caf\\udce9" in written(f"{folder}/run.nc").attrs["checkpoints"]
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (["--leave-out", ""], "--leave-out must not be empty, as all paths have that; give '.' to mean all"),
+    (["--leave-out", "("], "--leave-out must be a regular expression, got '('"),
+    (["--group", "a="], "--group must not be empty"),
+    (["--sketch", "count:1000000000000"], "must be from 1 to 16,777,216, got 'count:1000000000000'"),
+    (["--sketch", "gaussian:16777217"], "must be from 1 to 16,777,216, got 'gaussian:16777217'"),
+    (["--sketch", "count:0"], "must be from 1 to 16,777,216, got 'count:0'"),
+  ],
+)
+@pytest.mark.usefixtures("no_work")
+def test_arguments_of_the_command_that_are_refused(tmp_path, files, capsys, words, said):
+  assert command(files, "-o", tmp_path / "run.nc", "--window", "3", *words) == 1
+  err = capsys.readouterr().err
+  assert said in err
+  assert err.count("\n") == 1
+
+
+def test_an_interruption_ends_the_program_at_once(tmp_path):
+  """Whatever other threads are at, which Python would wait for."""
+  code = """
+import threading, time, sedjax.checkpoints
+from sedjax.__main__ import main
+
+def interrupted(*args, **options):
+  raise KeyboardInterrupt
+
+sedjax.checkpoints.analyze = interrupted
+threading.Thread(target=time.sleep, args=[300]).start()
+main()
+"""
+  command = [sys.executable, "-c", code, "analyze", "*.npz", "-o", str(tmp_path / "run.nc")]
+  done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+  assert (done.returncode, done.stdout) == (130, "")
+  assert done.stderr == "sedjax analyze: interrupted; run the same command again to go on.\n"
 
 
 class Terminal(io.StringIO):
@@ -789,3 +1049,135 @@ def test_noise_of_rows_of_very_many_steps():
       lags = np.abs(np.arange(5)[:, None] * every + apart)
       expected = ((every - np.abs(apart)) * momentum ** lags.astype(float)).sum(1)
       np.testing.assert_allclose(row_covariance(5, momentum, every)[0], expected, rtol=1e-9)
+
+
+# ---- where the record goes ----
+
+
+def written(path):
+  """Everything that a record holds."""
+  with open_record(path) as found:
+    return found.load()
+
+
+def test_what_the_user_added_survives_another_analysis(tmp_path, files):
+  out = tmp_path / "run.nc"
+  checkpoints.analyze(files, window=3, out=out)
+  with Recorder(out, attrs={"model": "tiny"}) as recorder:
+    recorder.log(10, loss=0.5)
+    recorder.log(20, rates=np.asarray([0.25]))
+    recorder.event(20, "the data shifted")
+  expected = checkpoints.analyze(files, window=4, k_max=2, out=out)
+  found = written(out)
+  assert_same(found, expected)
+  assert (found.loss.values.tolist(), found.loss_step.values.tolist()) == ([0.5], [10])
+  assert found.rates.dims == ("rates_step", "seed")
+  assert (found.event.values.tolist(), found.event_step.values.tolist()) == (["the data shifted"], [20])
+  assert (found.attrs["model"], found.attrs["k_max"]) == ("tiny", 2)
+  assert os.listdir(tmp_path) == ["run.nc"]
+  with Recorder(out) as recorder:  # which makes the series longer
+    recorder.log(30, loss=0.25)
+    recorder.event(30, "again")
+  checkpoints.analyze(files, window=3, out=out)
+  found = written(out)
+  assert found.loss.values.tolist() == [0.5, 0.25]
+  assert found.event.values.tolist() == ["the data shifted", "again"]
+  assert "k_max" not in found.attrs
+
+
+def test_fewer_rows_do_not_take_the_place_of_more(tmp_path):
+  files, out = write(tmp_path / "a", walk()), tmp_path / "run.nc"
+  whole = checkpoints.analyze(files, window=3, out=out)
+  good = (tmp_path / "a" / "step_20.npz").read_bytes()
+  (tmp_path / "a" / "step_20.npz").write_bytes(b"nothing")
+  message = r"rows up to step 15 are kept in .*run\.nc\.part, and .*run\.nc is left as it was; run it again"
+  with pytest.raises(checkpoints.CheckpointError, match=message):
+    checkpoints.analyze(files, window=4, out=out)
+  assert_same(written(out), whole)
+  (tmp_path / "a" / "step_20.npz").write_bytes(good)
+  assert_same(checkpoints.analyze(files, window=4, out=out), written(out))
+  assert written(out).sizes["index"] == 4
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+  """Nothing may be read before the record's place is known to be good."""
+  monkeypatch.setattr(checkpoints, "select", lambda *_: pytest.fail("it began to read"))
+
+
+def a_tracked_record(path):
+  state = sedjax.track_spectral_edge(3).init({"w": jnp.ones(3)})
+  with Recorder(path) as recorder:
+    recorder.append(5, state)
+
+
+def a_record_of_other_steps(path):
+  write(path.parent / "b", walk(5))
+  (path.parent / "b" / "step_20.npz").rename(path.parent / "b" / "step_21.npz")
+  for step in (0, 5):
+    shutil.copy2(path.parent / "a" / f"step_{step}.npz", path.parent / "b")
+  checkpoints.analyze(str(path.parent / "b" / "step_*.npz"), window=3, out=path)
+
+
+def a_record_of_others(path):
+  checkpoints.analyze(write(path.parent / "b", walk(5, seed=1)), window=3, out=path)
+
+
+def an_open_recorder(path):
+  checkpoints.analyze(str(path.parent / "a" / "step_*.npz"), window=3, out=path)
+  recorder = Recorder(path)
+  recorder.log(5, loss=1.0)
+  recorder.flush()
+  return recorder
+
+
+def another_file_in_the_part(path):
+  folder = path.with_name("run.nc.part")
+  folder.mkdir()
+  (folder / "thesis.txt").write_text("important")
+
+
+@pytest.mark.parametrize(
+  ("make", "name", "words"),
+  [
+    (lambda path: path.write_text("important"), "run.nc", "is no record of these checkpoints .it is no record"),
+    (a_tracked_record, "run.nc", "no analysis of checkpoints made it"),
+    (a_record_of_others, "run.nc", "it begins with another checkpoint"),
+    (a_record_of_other_steps, "run.nc", "it has the step 21, which these have not"),
+    (an_open_recorder, "run.nc", r"is being recorded, as .*run\.nc\.journal beside it shows; close its Recorder"),
+    (another_file_in_the_part, "run.nc", r"run\.nc\.part, where the unfinished analysis would lie"),
+    (lambda path: path.with_name("run.nc.part").write_text(""), "run.nc", r"run\.nc\.part, where the unfinished"),
+    (lambda path: path.mkdir(), "run.nc", r"which is no name or a folder's; name a file, such as .*run\.nc/run\.nc"),
+    (os.mkfifo, "run.nc", "is a device or a pipe"),
+    (str, "", r"cannot be '.*/', which is no name or a folder's; name a file"),
+    (lambda path: path.write_text("important"), "run.nc/run.nc", r"cannot be written \((Not a directory|File exists)"),
+    (str, "../../../../../../../../../../../../../proc/a/run.nc", "cannot be written"),
+    pytest.param(str, "a" * 300, r"cannot be written \(File name too long", id="a long name"),
+  ],
+)
+def test_what_lies_where_the_record_would(tmp_path, request, make, name, words):
+  write(tmp_path / "a", walk())
+  held = make(tmp_path / "run.nc")
+  before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+  request.getfixturevalue("no_work")
+  with pytest.raises(checkpoints.CheckpointError, match=words) as caught:
+    checkpoints.analyze(str(tmp_path / "a" / "step_*.npz"), window=4, out=f"{tmp_path}/{name}")
+  assert "\n" not in str(caught.value)
+  assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+  if isinstance(held, Recorder):
+    held.close()
+
+
+@pytest.mark.usefixtures("no_work")
+def test_an_empty_name_of_the_record(files):
+  with pytest.raises(checkpoints.CheckpointError, match="cannot be '', which is no name"):
+    checkpoints.analyze(files, window=4, out="")
+
+
+def test_only_what_the_analysis_wrote_is_removed(tmp_path):
+  out = tmp_path / "run.nc"
+  store = _store.Store(out, "")
+  store.save({"a": np.ones(3)}, [b"report"])
+  (store.folder / "thesis.txt").write_text("important")
+  store.remove()
+  assert os.listdir(store.folder) == ["thesis.txt"]

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import os
 import re
 import shutil
@@ -9,16 +10,29 @@ import subprocess
 import sys
 import threading
 
+import h5py
 import numpy as np
 import planted
 import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 
-from sedjax import _page, _summary
+from sedjax import _journal, _netcdf, _page, _summary
 from sedjax.__main__ import main
 from sedjax._html import escape
 from sedjax._types import Status
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+  """A folder with a short record, one that is still written, and something else."""
+  folder = tmp_path_factory.mktemp("small")
+  few = planted.dataset(1, 3)
+  few.to_netcdf(folder / "run.nc", engine="h5netcdf")
+  layout = {"format": _journal.FORMAT, "version": 1, "windows": [3], "groups": ["all"], "seeds": [0], "attrs": {}}
+  (folder / "live.nc.journal").write_bytes(_journal.frame(_journal.SESSION, json.dumps(layout).encode()))
+  (folder / "thesis.txt").write_text("important")
+  return folder
 
 
 def words(page):
@@ -115,6 +129,15 @@ def test_momentum_that_was_not_told_is_asked_about(made):
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -5.0, 0, 2.0**63, "soon", [1, 2]])
+def test_attributes_that_cannot_be_are_as_if_not_recorded(made, value):
+  odd = made.assign_attrs(every=value, momentum=value) if value else made.assign_attrs(every=value, momentum=1.5)
+  text = words(_page.make_page(odd))
+  assert "Recorded with a value that cannot be: every and momentum." in text
+  assert "in windows of 10 rows; tables" in text
+
+
+@pytest.mark.usefixtures("quick")
 def test_text_from_the_file_is_escaped(made):
   evil = "<script>alert(1)</script>"
   bad = made.assign_coords(group=["all", evil, "head"]).rename(loss=evil, loss_step=f"{evil}_step")
@@ -200,7 +223,60 @@ def test_bad_input_gets_one_sentence(make, args, said, tmp_path, capsys):
 def test_page_that_cannot_be_written(made, tmp_path, capsys):
   made.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
   assert main(["report", str(tmp_path / "run.nc"), "-o", str(tmp_path / "nowhere" / "report.html")]) == 1
-  assert "No such file or directory" in capsys.readouterr().err
+  err = capsys.readouterr().err
+  assert "No such file or directory" in err
+  assert "nowhere/report.html cannot be written" in err
+
+
+@pytest.mark.parametrize(
+  ("record", "out", "words"),
+  [
+    ("run.nc", "run.nc", "the page cannot take the place of its record"),
+    ("live.nc", "live.nc", "the page cannot take the place of its record"),
+    ("run.nc", "live.nc.journal", "exists and is no page, so it is not replaced"),
+    ("run.nc", "thesis.txt", "exists and is no page, so it is not replaced"),
+    ("run.nc", "pipe", "exists and is no page, so it is not replaced"),
+    ("run.nc", "folder", "which is no name or a folder's; name a file"),
+    ("run.nc", ".", "which is no name or a folder's; name a file"),
+    ("folder", "report.html", "is a folder; name the file of a record"),
+    ("pipe", "report.html", "is a device or a pipe; name the file of a record"),
+    ("piped.nc", "report.html", "is a device or a pipe; name the file of a record"),
+  ],
+)
+def test_a_page_takes_no_other_files_place(small, tmp_path, capsys, record, out, words):
+  shutil.copytree(small, tmp_path, dirs_exist_ok=True)
+  (tmp_path / "folder").mkdir()
+  for name in ("pipe", "piped.nc.journal"):
+    os.mkfifo(tmp_path / name)
+  before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+  assert main(["report", str(tmp_path / record), "-o", str(tmp_path / out)]) == 1
+  err = capsys.readouterr().err
+  assert words in err
+  assert err.count("\n") == 1
+  assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_page_takes_an_older_pages_place(small, tmp_path):
+  for beginning in ("", "<!DOCTYPE html>\n<p>old"):
+    (tmp_path / "report.html").write_text(beginning)
+    assert main(["report", str(small / "run.nc"), "-o", str(tmp_path / "report.html")]) == 0
+    assert "What happened in run.nc" in (tmp_path / "report.html").read_text()
+
+
+def test_a_damaged_record_is_named(tmp_path, capsys):
+  path = tmp_path / "run.nc"
+  _netcdf.write_new(path, planted.dataset(1, 3))
+  with h5py.File(path) as file:
+    chunk = file["pc1_fraction"].id.get_chunk_info(0)
+  with open(path, "r+b") as file:
+    file.seek(chunk.byte_offset)
+    file.write(b"\0" * chunk.size)
+  assert main(["report", str(path), "-o", str(tmp_path / "report.html")]) == 1
+  err = capsys.readouterr().err
+  assert err.startswith("sedjax report: run.nc is damaged (")
+  assert err.count("\n") == 1
+  assert os.listdir(tmp_path) == ["run.nc"]
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "h5netcdf", "xarray"])
@@ -265,12 +341,16 @@ def test_in_a_browser(folder, size):
       "[...document.querySelectorAll('main *')].filter(x => !x.closest('.scroll') && "
       "x.getBoundingClientRect().right > innerWidth + 1).length"
     )
+    cut = view.evaluate(
+      "[...document.querySelectorAll('.few')].map(x => x.parentElement.scrollWidth - x.parentElement.clientWidth)"
+    )
     browser.close()
     server.shutdown()
   assert trouble == []
   assert {url for url in asked if not url.startswith("data:")} == {address}
   assert wide <= inner
   assert outside == 0
+  assert cut == [0, 0, 0]  # of phases, events and provenance nothing has to be scrolled to
   assert len(pictures) == 8
   for complete, natural, alt, shown in pictures:
     assert complete

@@ -157,6 +157,34 @@ def test_series_and_events(record):
   assert len(plot.series(record, "loss", ax=axes(), seed=8).lines) == 1 + 2  # and two events
 
 
+def test_text_of_the_record_is_no_formula(record):
+  evil = r"$\foo{$_{"
+  odd = record.assign_coords(seed=[f"{i}{evil}" for i in range(3)], group=["all", evil, "b"])
+  odd = odd.rename(loss=evil, loss_step=f"{evil}_step").assign(event=("event_step", [evil, "a\nb"]))
+  odd[evil].attrs.clear()
+  many = odd.isel(seed=[0] * 9)  # whose series is a band
+  for made, draw in [*((odd, draw) for draw in PICTURES.values()), *((r, series_of(evil)) for r in (odd, many))]:
+    ax = axes()
+    draw(made, ax=ax)
+    ax.figure.savefig("/dev/null", format="png")
+  assert f"{evil}, median".replace("_", " ").replace("$", r"\$") in handles(ax)
+
+
+def series_of(name):
+  return lambda record, ax: plot.series(record, name, ax=ax)
+
+
+def test_series_as_large_as_float64_has(record):
+  values = np.asarray([1.7e308, -1.7e308, np.inf, np.nan, 5.0, -np.inf])
+  large = record.drop_dims("loss_step").assign(loss=("loss_step", values)).assign_coords(loss_step=range(6))
+  ax = plot.series(large, "loss", ax=axes())
+  ax.figure.savefig("/dev/null", format="png")
+  assert np.isfinite(ax.get_ylim()).all()
+  drawn = ax.lines[0].get_ydata()
+  np.testing.assert_array_equal(np.isfinite(drawn), np.isfinite(values))
+  assert drawn[4] == 5
+
+
 @pytest.mark.parametrize(
   ("call", "words"),
   [

@@ -214,6 +214,28 @@ def test_a_state_of_the_core(tmp_path):
   assert open_record(tmp_path / "run.nc").group.values.tolist() == list(GROUPS)
 
 
+def test_a_record_that_no_one_closed_is_finished_at_the_programs_end(tmp_path):
+  """Also after an error, and of two recorders each its own."""
+  code = """
+import sys, jax.numpy as jnp, sedjax, sedjax.record
+state = sedjax.track_spectral_edge(3).init({"w": jnp.ones(3)})
+for path in sys.argv[1:]:
+  recorder = sedjax.record.Recorder(path)
+  for step in range(5):
+    recorder.append(step, state)
+  recorder.log(3, loss=0.5)
+raise KeyError("mine")
+"""
+  paths = [tmp_path / "a.nc", tmp_path / "b.nc"]
+  done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=200, check=False)
+  assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "KeyError: 'mine'")
+  assert sorted(os.listdir(tmp_path)) == ["a.nc", "b.nc"]
+  for path in paths:
+    with open_record(path) as record:
+      assert record.step.values.tolist() == list(range(5))
+      assert record.loss.values.tolist() == [0.5]
+
+
 # ---- going on ----
 
 
@@ -270,7 +292,7 @@ def test_going_back_replaces(tmp_path, killed):
 def test_series_can_be_added_to_a_finished_record(tmp_path):
   path = tmp_path / "run.nc"
   record_numbers(path, range(5), loss=1.0)
-  with recorder_of(path) as recorder:
+  with recorder_of(path, attrs={"model": "tiny"}) as recorder:
     recorder.log(1, accuracy=0.5)
     recorder.log(3, loss=7.0)
     recorder.event(2, "remembered")
@@ -279,6 +301,7 @@ def test_series_can_be_added_to_a_finished_record(tmp_path):
   assert record.accuracy.values.tolist() == [0.5]
   assert record.loss.values.tolist() == [0, 1, 2, 7]
   assert record.event_step.values.tolist() == [2]
+  assert record.attrs["model"] == "tiny"
 
 
 def test_a_kill_between_file_and_journal_duplicates_nothing(tmp_path):
@@ -517,6 +540,10 @@ def test_opening_what_is_no_record(tmp_path):
   for use in (open_record, recorder_of):
     with pytest.raises(ValueError, match=r"other.nc is not a record"):
       use(tmp_path / "other.nc")
+  for version in ("x", [1, 2], 1.5):
+    xr.Dataset({"a": ("x", [1])}, attrs={"record_version": version}).to_netcdf(tmp_path / "odd.nc", engine="h5netcdf")
+    with pytest.raises(ValueError, match=r"odd.nc is not a record"):
+      open_record(tmp_path / "odd.nc")
   payload = json.dumps({"format": "another"}).encode()
   journal_of(tmp_path / "run.nc").write_bytes(_journal.frame(_journal.SESSION, payload))
   with pytest.raises(ValueError, match="does not begin as a sedjax journal"):
