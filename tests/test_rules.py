@@ -326,8 +326,7 @@ def test_tiny_rows_beside_a_huge_one():
       assert np.all(np.isfinite(found.singular_values))
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("sketch", [EXACT, COUNT], ids=["exact", "count"])
+@pytest.mark.parametrize(("sketch", "grouped"), [(EXACT, False), (COUNT, True)], ids=["exact", "count, groups"])
 def test_sums_beyond_float32_are_left_out(sketch, grouped):
   """Steps that are finite, but not so with the step before, or the group beside, or the parameters before."""
   groups = (lambda path: path) if grouped else None

@@ -270,7 +270,9 @@ def test_vmapped_seeds_of_sharded_models():
   assert_same(jax.device_get(sedjax.get_reports(sharded)), jax.device_get(sedjax.get_reports(state)))
 
 
-@pytest.mark.parametrize("options", [{}, {"every": 2, "source": "params"}], ids=["updates", "params"])
+@pytest.mark.parametrize(
+  "options", [{}, pytest.param({"every": 2, "source": "params"}, marks=pytest.mark.slow)], ids=["updates", "params"]
+)
 def test_explicit_axes_without_set_mesh(options):
   """The state lies on the mesh of the parameters, so that a step compiles once and fits into a scan."""
   mesh = mesh_of(AxisType.Explicit)
@@ -306,7 +308,13 @@ def test_explicit_axes_without_set_mesh(options):
 
 
 @pytest.mark.parametrize(
-  "options", [{"window": (3, 64), "every": 2}, {"every": 2, "sketch": SKETCHES["exact"]}], ids=["count", "exact"]
+  "options",
+  [
+    {"every": 2},
+    pytest.param({"window": (3, 64), "every": 2}, marks=pytest.mark.slow),
+    pytest.param({"every": 2, "sketch": SKETCHES["exact"]}, marks=pytest.mark.slow),
+  ],
+  ids=["count", "windows", "exact"],
 )
 def test_vmapped_seeds_over_an_explicit_axis(options):
   """Each device trains one seed, of a model that it has as a whole."""
@@ -327,7 +335,7 @@ def test_vmapped_seeds_over_an_explicit_axis(options):
   assert_same(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+@pytest.mark.parametrize("kind", [pytest.param("Explicit", marks=pytest.mark.slow), "Auto"])
 def test_exact_rows_of_complex_leaves_on_meshes_of_both_kinds(kind):
   """A complex leaf has an axis more in the ring; on a mesh of two kinds of axes only one shows while tracing."""
   mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit, AxisType[kind]))
