@@ -38,7 +38,7 @@ def check_version(path: Path, version: int) -> None:
 
 def check_file(path: Path) -> None:
   """Refuses what is there and no file: to open a pipe would wait for whoever writes into it."""
-  if path.exists() and not path.is_file():
+  if not path.name or (path.exists() and not path.is_file()):
     kind = "a folder" if path.is_dir() else "a device or a pipe"
     raise ValueError(f"sedjax.record: {path} is {kind}; name the file of a record.")
 

@@ -497,11 +497,11 @@ def open_record(path: str | Path) -> xr.Dataset:
   """
   _needs_io()
   path = Path(path)
+  check_file(path)
   # The journal first: a writer that finishes in between leaves a file that has the journal's rows already, and joining
   # them again changes nothing.
   journal = journal_of(path)
-  for each in (journal, path):
-    check_file(each)
+  check_file(journal)
   try:
     file = open(journal, "rb")
   except FileNotFoundError:

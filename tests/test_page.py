@@ -256,6 +256,11 @@ def test_a_page_takes_no_other_files_place(small, tmp_path, capsys, record, out,
   assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_a_record_without_a_name(tmp_path, capsys):
+  assert main(["report", ".", "-o", str(tmp_path / "report.html")]) == 1
+  assert ". is a folder; name the file of a record" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_page_takes_an_older_pages_place(small, tmp_path):
   for beginning in ("", "<!DOCTYPE html>\n<p>old"):
