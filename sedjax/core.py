@@ -226,7 +226,6 @@ def _observe_updates(
   size = largest(config, layout, row)
   finite, zero = size < LARGEST, size == 0
   first = state.elapsed == 0
-  used = finite.astype(jnp.int32)
   if config.every > 1 or step is not None:
     current = jax.tree.map(lambda ring: jnp.where(first, 0, ring[state.cursor]), state.rows)
     row = jax.tree.map(jnp.add, current, row)
@@ -235,6 +234,7 @@ def _observe_updates(
     used = jnp.where(first, 0, state.facts.steps[state.cursor]) + finite.astype(jnp.int32) - zero.astype(jnp.int32)
   else:
     row = jax.tree.map(lambda new: jnp.where(finite, new, 0), row)
+    used = finite.astype(jnp.int32)
   elapsed = state.elapsed + (~zero).astype(jnp.int32)
   due = (elapsed >= config.every) & ~zero if step is None else (jnp.asarray(step) + 1) % config.every == 0
   complete = due & (elapsed > 0) & (used > 0)  # a row whose steps were all left out starts afresh
