@@ -197,6 +197,15 @@ _first_zero_of = jax.custom_batching.custom_vmap(zero_of)
 _first_zero_of.def_vmap(lambda axis_size, in_batched, x: (_first_zero_of(x[0]), False))  # noqa: ARG005
 
 
+def zero_of_each(x: jax.Array) -> jax.Array:
+  """0; under vmap one of each x, without which XLA stores what is made of indices alone, for all of them to read."""
+  return _zero_of_each(lax.stop_gradient(x))
+
+
+_zero_of_each = jax.custom_batching.custom_vmap(lambda x: jnp.uint32(0))  # noqa: ARG005
+_zero_of_each.def_vmap(lambda axis_size, in_batched, x: (jax.vmap(zero_of)(x), True))  # noqa: ARG005
+
+
 def later_than(x: jax.Array, other: jax.Array) -> jax.Array:
   """x (float32) unchanged, but on paper dependent on `other` (float32)."""
   return lax.bitcast_convert_type(_as_uint(x) ^ zero_of(other), jnp.float32)

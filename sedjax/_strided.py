@@ -29,6 +29,7 @@ from sedjax._count import (
   shared_zero_of,
   sum_dtype,
   zero_of,
+  zero_of_each,
 )
 from sedjax._small import is_small, lots, small_row
 
@@ -136,7 +137,8 @@ def _strided_terms(piece: Piece, plan: Plan, group: int, dim: int, part: Any, gr
   parts = plan.per_bucket // stride
 
   def strided_sums(zero: Any, row: int, count: int) -> jax.Array:
-    return _strided_sums(x, keys ^ zero, columns, grid, row=row, count=count, stride=stride, part=part)
+    keys_of_each = keys ^ zero ^ zero_of_each(x[0, 0].astype(jnp.float32))
+    return _strided_sums(x, keys_of_each, columns, grid, row=row, count=count, stride=stride, part=part)
 
   for done in range(0, whole, most):
     count = parts * min(most, whole - done)
