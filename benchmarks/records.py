@@ -1,11 +1,12 @@
-"""How long a large record takes to write, to open and to read.
+"""How long a large record takes to write, to open, to read and to report.
 
     python benchmarks/records.py
 
 Makes a record of 100,000 steps, 8 seeds, 4 windows and 13 groups with `sedjax.record.Recorder`, from reports that are
 made up, then opens it in processes of its own: while it is still a journal (as it is while a run goes on, or after a
-kill), and when it is the finished NetCDF file, with and without the file in the page cache. The files are removed. It
-needs disk for the journal and the file at once, 27 GB; `--smoke` takes a hundredth of the steps and stores nothing.
+kill), and when it is the finished NetCDF file, with and without the file in the page cache; of the file `sedjax report`
+makes a page. The files are removed. It needs disk for the journal and the file at once, 27 GB; `--smoke` takes a
+hundredth of the steps and stores nothing.
 
 The result goes to `benchmarks/results/records.json`.
 """
@@ -86,6 +87,19 @@ def read(path: Path, steps: int) -> dict[str, float]:
   return json.loads(done.stdout)
 
 
+def report(path: Path) -> dict[str, float]:
+  """What `sedjax report` takes, imports included."""
+  page = path.with_suffix(".html")
+  command = [sys.executable, "-m", "sedjax", "report", str(path), "-o", str(page)]
+  start = time.perf_counter()
+  process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+  _, status, used = os.wait4(process.pid, 0)
+  seconds = time.perf_counter() - start
+  if status:
+    raise SystemExit(f"{shlex.join(command)} failed")
+  return {"seconds": seconds, "peak_memory_bytes": used.ru_maxrss * 1024, "page_bytes": page.stat().st_size}
+
+
 def forget(path: Path) -> None:
   """Takes a file out of the page cache."""
   with open(path, "rb") as file:
@@ -115,11 +129,14 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
   found |= {"close_s": time.perf_counter() - start, "file_bytes": path.stat().st_size}
   print(json.dumps(found, indent=1), flush=True)
   forget(path)
-  return {**found, "file_not_cached": read(path, steps), "file_cached": read(path, steps)}
+  found["file_not_cached"] = read(path, steps)
+  found["file_cached"] = read(path, steps)
+  forget(path)
+  return {**found, "report_not_cached": report(path), "report_cached": report(path)}
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(description="How long a large record takes to write, to open and to read.")
+  parser = argparse.ArgumentParser(description="How long a large record takes to write, open, read and report.")
   parser.add_argument("--smoke", action="store_true", help="a hundredth of the steps, to see that it works; not stored")
   parser.add_argument("--folder", type=Path, help="where the files are made for a while; default: the temporary folder")
   args = parser.parse_args(argv)

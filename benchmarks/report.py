@@ -1,4 +1,4 @@
-"""Rebuilds the benchmark tables in README.md from the stored results, and prints them.
+"""Rebuilds the tables in README.md from the stored results, and prints them.
 
 python benchmarks/report.py            # writes README.md
 python benchmarks/report.py --check    # exit status 1 where README.md is out of date
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+RESULTS = ROOT / "benchmarks" / "results"
 Section = dict[str, Any]
 
 
@@ -135,15 +135,19 @@ def show_seeds(section: Section) -> str:
 
 def show_step(section: Section) -> str:
   head = ["model, batch", "step without", "tracker adds", "that is", "paired steps"]
+  head += ["`observe` between steps", "that is"]
   rows = []
   for line in section["lines"]:
     batch = " × ".join(str(size) for size in line["batch"])
     adds = f"{duration(line['difference_s'])} ± {duration(line['difference_standard_error_s'])}"
     share = f"{percent(line['overhead'])} ± {percent(line['overhead_standard_error'])}"
     without = duration(line["without"]["median_s"])
-    rows.append([f"`{line['tree']}`, {batch}", without, adds, share, str(line["rounds"])])
-  return "Training steps (AdamW) with and without the tracker; mean difference ± its standard error:\n\n" + table(
-    head, rows
+    alone = line["alone"]["median_s"]
+    names = [f"`{line['tree']}`, {batch}", without, adds, share, str(line["rounds"])]
+    rows.append([*names, duration(alone), percent(alone / line["without"]["median_s"])])
+  return (
+    "Training steps (AdamW) with and without the tracker, mean difference ± its standard error, and `observe` by "
+    "itself, timed between the steps:\n\n" + table(head, rows)
   )
 
 
@@ -200,9 +204,8 @@ SHOW = {
 }
 
 
-def origin(sections: dict[str, Section]) -> str:
-  """Where the numbers come from, in one paragraph."""
-  made = [section["made_by"] for section in sections.values()]
+def origin(made: list[dict[str, Any]]) -> str:
+  """Where the numbers come from, in one sentence."""
   device, found = made[0]["device"], made[0]["versions"]
   name = f"{device['count']} × {device['kind']}, " if device["platform"] != "cpu" else ""
   commits = sorted({f"{(each['commit'] or 'unknown')[:12]}{' with changes' * bool(each['dirty'])}" for each in made})
@@ -216,29 +219,110 @@ def origin(sections: dict[str, Section]) -> str:
 
 def tables(stem: str, sections: dict[str, Section]) -> str:
   """All tables of one device, in Markdown."""
-  parts = [f"### On {stem}", f"{origin(sections)} (`benchmarks/results/{stem}.json`)."]
+  made = origin([section["made_by"] for section in sections.values()])
+  parts = [f"### On {stem}", f"{made} (`benchmarks/results/{stem}.json`)."]
   return "\n\n".join(parts + [show(sections[name]) for name, show in SHOW.items() if name in sections])
 
 
-def all_tables(folder: Path) -> str:
+def show_devices() -> str:
   """The tables of every device whose results are stored."""
-  found = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+  found = {file.stem: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))}
   # Other programs' results lie in the same folder.
   ours = {stem: each for stem, each in found.items() if each and set(each) <= set(SHOW)}
   return "\n\n".join(tables(stem, sections) for stem, sections in ours.items()) or "No results are stored yet."
 
 
+def stored(stem: str) -> Section:
+  return json.loads((RESULTS / f"{stem}.json").read_text())
+
+
+def show_fidelity() -> str:
+  """How the sketches that the library offers compare with the exact spectra."""
+  result = stored("fidelity")
+  lines = {(line["run"], line["map"], line["dim"]): line for line in result["lines"]}
+  names = {
+    ("grok", "gaussian", 100): "`gaussian(100)`, the paper's d = 10W",
+    ("grok", "gaussian", 1000): "`gaussian(1000)`",
+    ("grok", "count", 1024): "`count(1024)`",
+    ("grok", "count", 16384): "`count(16384)`, the default",
+    ("grok", "count", 65536): "`count(65536)`",
+    ("no decay", "count", 16384): "the default on a run without weight decay",
+  }
+  head = ["sketch", "mean error of σ₁/σ₂, %", "of σ₂/σ₃, %", "of σ₃/σ₄, %", "k* differs, %", "flagged ambiguous, %"]
+  head += ["k* differs though not flagged, %", "windows"]
+  rows = []
+  for (run, kind, dim), name in names.items():
+    line, law = lines[run, kind, dim], lines[run, "law", dim]
+    errors = [f"{100 * line[k]['mean']:.2f} ({100 * law[k]['mean']:.2f})" for k in ("error_12", "error_23", "error_34")]
+    differs = " ".join((digits(100 * line["k_star_differs"], 2), f"({digits(100 * law['k_star_differs'], 2)})"))
+    shares = [digits(100 * line[k], 2) for k in ("flagged", "differs_of_unflagged")]
+    rows.append([name, *errors, differs, *shares, f"{line['windows']:,}"])
+  made = result["provenance"]
+  versions = ", ".join(f"{package} {made['versions'][package]}" for package in ("jax", "numpy"))
+  where = f"{made['device']}; Python {made['versions']['python']}, {versions}; commit {made['commit'][:12]}"
+  parameters = f"{result['parameters']:,} parameters"
+  return f"{table(head, rows)}\n\n*{parameters}; `{made['command']}`; {where} (`benchmarks/results/fidelity.json`).*"
+
+
+def show_posthoc() -> str:
+  """What the analysis of checkpoints costs."""
+  result = stored("posthoc")
+  head = ["way", "files", "time", "÷ reading and summing them", "peak memory"]
+  rows = []
+  for name, way in result["ways"].items():
+    kind, state = name.split(", ")
+    count = way.get("checkpoints", result["checkpoints"])
+    label = {"sketch": "`sedjax analyze`", "exact": "`sedjax analyze --sketch exact`"}.get(kind, "load all and compare")
+    if count != result["checkpoints"]:
+      label += f" (of {count} that memory had room for)"
+    files = {"cold": "on disk", "warm": "in the page cache"}[state]
+    rows.append([label, files, duration(way["seconds"]), digits(way["ratio_to_reading"]), memory(way["peak_bytes"])])
+  size = f"{result['checkpoints']} checkpoints, {memory(result['bytes'])}"
+  made = f"`{result['command']}`; {origin([result])} (`benchmarks/results/posthoc.json`)"
+  return f"{table(head, rows)}\n\n*{size}. {made}.*"
+
+
+def show_records() -> str:
+  """What a large record takes to open and to report."""
+  result = stored("records")
+  cold, warm = result["report_not_cached"], result["report_cached"]
+  opens = duration(result["file_not_cached"]["open_s"])
+  made = f"`{result['made_by']['command']}`; {origin([result['made_by']])} (`benchmarks/results/records.json`)"
+  return (
+    f"A record of {result['steps']:,} steps, {result['seeds']} seeds, {len(result['windows'])} windows and "
+    f"{result['groups']} groups ({memory(result['file_bytes'])}) opens in {opens}, "
+    f"and its page takes {duration(cold['seconds'])} from disk, {duration(warm['seconds'])} from the page cache and "
+    f"{memory(max(cold['peak_memory_bytes'], warm['peak_memory_bytes']))} ({made})."
+  )
+
+
+# What stands in README.md between `<!-- name:begin -->` and `<!-- name:end -->`.
+BLOCKS = {
+  "benchmarks": show_devices,
+  "fidelity": show_fidelity,
+  "checkpoints": show_posthoc,
+  "records": show_records,
+}
+
+
+def filled(text: str, name: str, content: str) -> str:
+  """README.md with a block's content."""
+  begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+  if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+    sys.exit(f"README.md has no place for the tables: it needs one line {begin} and after it one line {end}.")
+  return f"{text[: text.index(begin)]}{begin}\n\n{content}\n\n{text[text.index(end) :]}"
+
+
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(description="Rebuilds the benchmark tables in README.md.")
+  parser = argparse.ArgumentParser(description="Rebuilds the tables in README.md.")
   parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if README.md is out of date")
   args = parser.parse_args(argv)
-  text = all_tables(ROOT / "benchmarks" / "results")
-  print(text)
   file = ROOT / "README.md"
-  old = file.read_text()
-  if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-    sys.exit(f"README.md has no place for the tables: it needs one line {BEGIN} and after it one line {END}.")
-  new = f"{old[: old.index(BEGIN)]}{BEGIN}\n\n{text}\n\n{old[old.index(END) :]}"
+  new = old = file.read_text()
+  for name, show in BLOCKS.items():
+    content = show()
+    print(content, end="\n\n")
+    new = filled(new, name, content)
   if new != old and args.check:
     sys.exit("README.md is out of date: run python benchmarks/report.py.")
   if new != old:

@@ -283,17 +283,24 @@ def measure_step(effort: Effort) -> Section:
     params = models.initial_params(name)
     states[kind] = (params, tx.init(params))
     compiled[kind] = compile_function(step, *states[kind], tokens[0], donate_argnums=(0, 1))
+  # By itself, between the steps: the difference of two steps is known less well than that.
+  updates = models.initial_params(name)
+  states["alone"] = tracker.init(updates)
+  compiled["alone"] = compile_function(lambda u, s: tracker.update(u, s)[1], updates, states["alone"], donate_argnums=1)
 
   def call(kind: str, i: int) -> Any:
+    if kind == "alone":
+      states[kind] = compiled[kind].call(updates, states[kind])
+      return states[kind]
     *state, loss = compiled[kind].call(*states[kind], tokens[i % len(tokens)])
     states[kind] = tuple(state)
     return (*state, loss)
 
   rounds = 10 if effort.smoke else 100 if effort.accelerator else 16
-  seconds: dict[str, list[float]] = {kind: [] for kind in optimizers}
+  seconds: dict[str, list[float]] = {kind: [] for kind in states}
   for i in range(2 + rounds):
     # Every other round the one with the tracker goes first.
-    for kind in list(optimizers)[:: 1 if i % 2 else -1]:
+    for kind in [*list(optimizers)[:: 1 if i % 2 else -1], "alone"]:
       found = seconds_of(functools.partial(call, kind), i)
       if i >= 2:
         seconds[kind].append(found)
@@ -304,7 +311,7 @@ def measure_step(effort: Effort) -> Section:
     "tree": name,
     "batch": [batch, length],
     "rounds": rounds,
-    **{kind: {"median_s": statistics.median(seconds[kind]), **compiled[kind].facts()} for kind in optimizers},
+    **{kind: {"median_s": statistics.median(seconds[kind]), **compiled[kind].facts()} for kind in seconds},
     "difference_s": difference.mean(),
     "difference_standard_error_s": error,
     "median_difference_s": np.median(difference),

@@ -69,6 +69,12 @@ def test_docstring_examples_run(module):
   assert result.failed == 0
 
 
+def test_readme_figures_are_the_stored_ones():
+  command = [sys.executable, ROOT / "benchmarks" / "report.py", "--check"]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+
+
 def test_readme_python_runs():
   """The code blocks of the README, one after the other in one namespace."""
   blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
