@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from sedjax._state import Parts, TrackerState, map_id_of, pack, unpack, window_sizes
+from sedjax._state import Parts, TrackerState, map_id_of, pack, unpack, unpack_reports, window_sizes
 from sedjax._transform import SpectralEdgeState
 
 
@@ -120,7 +120,11 @@ def _carry(name: str, old: TrackerState, new: TrackerState) -> TrackerState:
 def _carry_one(old: TrackerState, new: TrackerState) -> TrackerState:
   """The newest rows of `old` in the ring of `new`, oldest in slot 0; the row that is being summed comes next."""
   old_sizes, new_sizes = window_sizes(old), window_sizes(new)
-  return pack(_carry_parts(unpack(old), unpack(new), old_sizes, new_sizes))
+  parts = _carry_parts(unpack(old), unpack(new), old_sizes, new_sizes)
+  found, pushed = dict(zip(old_sizes, unpack_reports(old), strict=True)), parts.pushed
+  blank = dict(zip(new_sizes, unpack_reports(new), strict=True))
+  blank = {size: report._replace(count=jnp.full_like(report.count, pushed)) for size, report in blank.items()}
+  return pack(parts, [found.get(size, blank[size]) for size in new_sizes])
 
 
 def _carry_parts(old: Parts, new: Parts, old_sizes: tuple[int, ...], new_sizes: tuple[int, ...]) -> Parts:
@@ -144,17 +148,14 @@ def _carry_parts(old: Parts, new: Parts, old_sizes: tuple[int, ...], new_sizes: 
     steps=along(facts.steps, 0, index <= kept),
   )
   by_size = {size: j for j, size in enumerate(old_sizes)}
-  windows, reports, histories = [], [], []
+  windows, histories = [], []
   for i, size in enumerate(new_sizes):
     j = by_size.get(size)
     if j is None:
       windows.append(new.windows[i])
-      report = new.reports[i]
-      reports.append(report._replace(count=jnp.full_like(report.count, old.pushed)))
     else:
       direction = along(old.windows[j].direction, -1, present)
       windows.append(old.windows[j]._replace(direction=direction))
-      reports.append(old.reports[j])
     if new.history:
       histories.append(new.history[i] if j is None or not old.history else _carry_history(old, new, i, j))
   return new._replace(
@@ -169,7 +170,6 @@ def _carry_parts(old: Parts, new: Parts, old_sizes: tuple[int, ...], new_sizes: 
     zero=old.zero,
     flags=old.flags,
     windows=tuple(windows),
-    reports=tuple(reports),
     history=tuple(histories),
   )
 

@@ -58,7 +58,6 @@ class Parts(NamedTuple):
   flags: jax.Array  # int32[], status bits that hold for all reports
   map_id: jax.Array  # int32[5], which sketch (kind, version, seed, dim) of which tree made the rows
   windows: tuple[WindowState, ...]  # by window, ascending
-  reports: tuple[Report, ...]  # by window, fields [G, …]
   history: tuple[Packed, ...]  # as in the state
   labels: jax.Array
 
@@ -143,8 +142,8 @@ def pack_counters(parts: Parts) -> jax.Array:
   return _side_by_side([parts.facts.steps, *(getattr(parts, name)[..., None] for name in COUNTERS), parts.map_id])
 
 
-def pack(parts: Parts) -> TrackerState:
-  """Puts the small arrays side by side; leading axes are kept."""
+def pack(parts: Parts, reports: Sequence[Report]) -> TrackerState:
+  """Puts the small arrays side by side, with the reports by window, of fields [G, …]; leading axes are kept."""
   gram = parts.facts.gram
   facts = [gram[..., i, :, :, :] for i in range(gram.shape[-4])] + [
     parts.facts.scale[..., None],
@@ -155,16 +154,15 @@ def pack(parts: Parts) -> TrackerState:
     parts.base,
     _side_by_side(facts),
     pack_counters(parts),
-    tuple(pack_report(report, state) for report, state in zip(parts.reports, parts.windows, strict=True)),
+    tuple(pack_report(report, state) for report, state in zip(reports, parts.windows, strict=True)),
     parts.history,
     parts.labels,
   )
 
 
 def unpack(state: TrackerState) -> Parts:
-  """The inverse of `pack`."""
+  """The inverse of `pack`, but for the reports."""
   slots = state.facts.shape[-2]
-  sizes = window_sizes(state)
   starts = range(0, state.facts.shape[-1] - 2, slots)
   gram = jnp.stack([state.facts[..., start : start + slots] for start in starts], -4)
   steps, counters = state.counters[..., :slots], state.counters[..., slots:]
@@ -175,7 +173,11 @@ def unpack(state: TrackerState) -> Parts:
     **_columns(counters, COUNTERS),
     map_id=map_id_of(state),
     windows=tuple(_unpack_window(packed, slots) for packed in state.windows),
-    reports=tuple(unpack_report(packed, size) for packed, size in zip(state.windows, sizes, strict=True)),
     history=state.history,
     labels=state.labels,
   )
+
+
+def unpack_reports(state: TrackerState) -> tuple[Report, ...]:
+  """The reports that `pack` took."""
+  return tuple(unpack_report(*each) for each in zip(state.windows, window_sizes(state), strict=True))

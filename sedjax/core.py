@@ -23,7 +23,17 @@ from sedjax._phase import init_phase
 from sedjax._placement import Spec
 from sedjax._rows import LARGEST, gram_column, largest, make_row, read_parameters, sketch_column, zero_rows
 from sedjax._spectrum import Rows, WindowState, report_window
-from sedjax._state import INTEGERS, Parts, map_id_of, pack, pack_counters, pack_report, unpack, unpack_report
+from sedjax._state import (
+  INTEGERS,
+  Parts,
+  map_id_of,
+  pack,
+  pack_counters,
+  pack_report,
+  unpack,
+  unpack_report,
+  unpack_reports,
+)
 from sedjax._state import TrackerState as TrackerState
 from sedjax._state import window_sizes as window_sizes
 from sedjax._types import VECTOR_FIELDS, Report, Status
@@ -124,12 +134,11 @@ def _first_state(
     **dict.fromkeys(("cursor", "pushed", "filled", "elapsed", "nonfinite", "zero"), zero()),
     flags=zero() + flags,
     windows=tuple(WindowState(init_phase(groups), _zeros((groups, slots))) for _ in windows),
-    reports=tuple(_empty_report(w, (groups,)) for w in windows),
     history=tuple(pack_report(_empty_report(w, (history, groups))) for w in windows if history),
     labels=_zeros((groups, LABEL_WORDS), jnp.int32) + np.asarray(labels, np.int32),
     map_id=zero() + np.asarray(map_id, np.int32),
   )
-  return pack(parts)
+  return pack(parts, [_empty_report(w, (groups,)) for w in windows])
 
 
 def _with_counters(state: Parts, report: Report) -> Report:
@@ -144,14 +153,14 @@ def _with_counters(state: Parts, report: Report) -> Report:
   )
 
 
-def _push(config: Config, layout: Layout, state: Parts, row: Any, steps: jax.Array, extra: Any = 0) -> Parts:
-  """Takes `row`, of `steps` steps, into the window and reports (with `extra` status bits)."""
+def _push(config: Config, layout: Layout, state: Parts, row: Any, steps: jax.Array, extra: Any = 0) -> TrackerState:
+  """The state, but for its rows, with `row`, of `steps` steps, in the window, and its reports (with `extra` status)."""
   column = gram_column(config, layout, state.rows, row, state.cursor, state.facts.scale)
   return _enter(config, state, column, steps, extra)
 
 
-def _enter(config: Config, state: Parts, gram_column: tuple[Any, Any, Any], steps: Any, extra: Any = 0) -> Parts:
-  """Takes a row's Gram column, scales and dimensions into the window and reports."""
+def _enter(config: Config, state: Parts, gram_column: tuple[Any, Any, Any], steps: Any, extra: Any = 0) -> TrackerState:
+  """As `_push`, of a row's Gram column, scales and dimensions."""
   slot = state.cursor
   facts = state.facts
   column, scale, dims = gram_column
@@ -191,15 +200,16 @@ def _enter(config: Config, state: Parts, gram_column: tuple[Any, Any, Any], step
     )
     for ring, report in zip(state.history, reports, strict=bool(state.history))
   )
-  return state._replace(
+  parts = state._replace(
+    rows=(),
     facts=facts,
     cursor=(slot + 1) % config.slots,
     pushed=count,
     filled=filled,
     windows=tuple(windows),
-    reports=tuple(reports),
     history=history,
   )
+  return pack(parts, reports)
 
 
 def _write(rows: Any, slot: jax.Array, row: Any, after: TrackerState) -> Any:
@@ -249,7 +259,7 @@ def _observe_updates(
 
   def push(waiting: TrackerState) -> TrackerState:
     pushed = _push(config, layout, unpack(waiting._replace(rows=state.rows)), row, used)
-    return _choose(complete, pack(_without_rows(pushed)), waiting)
+    return _choose(complete, pushed, waiting)
 
   new = push(waiting) if config.every == 1 and step is None else jax.lax.cond(due, push, lambda x: x, waiting)
   return new._replace(rows=_write(state.rows, state.cursor, row, new))
@@ -301,7 +311,7 @@ def _observe_params(
     extra = jnp.where(lossy, int(Status.CANCELLATION), 0)
     pushed = _push(config, layout, counted, row, state.elapsed, extra)
     waiting = packed._replace(counters=pack_counters(counted), base=())
-    new = _choose(accept, pack(_without_rows(pushed)), waiting)
+    new = _choose(accept, pushed, waiting)
     return new._replace(base=_choose(keep, state.base, base)), row
 
   packed = _without_rows(packed)
@@ -368,7 +378,7 @@ def push_row(config: Config, state: TrackerState, row: Any, steps: Any, lossy: A
   zero = jnp.max(jnp.abs(row)) == 0
   column = sketch_column(parts.rows, row, parts.cursor, parts.facts.scale)
   extra = jnp.where(lossy, int(Status.CANCELLATION), 0)
-  pushed = pack(_without_rows(_enter(config, parts, column, jnp.asarray(steps, jnp.int32), extra)))
+  pushed = _enter(config, parts, column, jnp.asarray(steps, jnp.int32), extra)
   waiting = _without_rows(state)._replace(counters=pack_counters(parts._replace(zero=parts.zero + 1)))
   new = _choose(zero, waiting, pushed)
   return new._replace(rows=_write(parts.rows, parts.cursor, row, new))
@@ -388,10 +398,9 @@ def push_gram(config: Config, state: TrackerState, gram: Any, dims: Any, steps: 
   Returns:
     The new state. A row of zeros is left out and counted.
   """
-  if not np.any(gram[0, 0] > 0):
-    parts = unpack(state)
-    return pack(parts._replace(zero=parts.zero + 1))
   parts = unpack(state)
+  if not np.any(gram[0, 0] > 0):
+    return state._replace(counters=pack_counters(parts._replace(zero=parts.zero + 1)))
   cursor, scales = int(parts.cursor), np.array(parts.facts.scale, np.float64)
   norms = np.sqrt(gram[:, 0])
   _, exponents = np.frexp(norms)  # scaled rows are shorter than 1
@@ -408,7 +417,7 @@ def push_gram(config: Config, state: TrackerState, gram: Any, dims: Any, steps: 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _enter_pair(config: Config, state: TrackerState, pair: Any, scale: Any, dims: Any, steps: Any) -> TrackerState:
-  return pack(_enter(config, unpack(state), (pair, scale, dims), steps))
+  return _enter(config, unpack(state), (pair, scale, dims), steps)._replace(rows=state.rows)
 
 
 def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState) -> TrackerState:
@@ -484,8 +493,7 @@ def report(state: TrackerState, *, group: Hashable | None = None, window: int | 
 # Compiled as a whole: outside of jit, the fifty small operations take 0.1 s on eight devices.
 @functools.partial(jax.jit, static_argnums=1)
 def _report(state: TrackerState, window: int, group: Any) -> Report:
-  parts = unpack(state)
-  return _pick(_with_counters(parts, parts.reports[window]), group)
+  return _pick(_with_counters(unpack(state), unpack_reports(state)[window]), group)
 
 
 def _pick(found: Report, group: jax.Array) -> Report:
@@ -521,7 +529,7 @@ def _reports(state: TrackerState) -> Report:
     return jnp.stack([jnp.pad(f, [(0, 0)] * (f.ndim - 1) + [(0, length - f.shape[-1])]) for f in fields], -2)
 
   parts = unpack(state)
-  found = (_with_counters(parts, report) for report in parts.reports)
+  found = (_with_counters(parts, report) for report in unpack_reports(state))
   return Report(*(stack(n, f) for n, f in zip(Report._fields, zip(*found, strict=True), strict=True)))
 
 
