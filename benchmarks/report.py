@@ -287,7 +287,7 @@ def show_records() -> str:
   result = stored("records")
   cold, warm = result["report_not_cached"], result["report_cached"]
   opens = duration(result["file_not_cached"]["open_s"])
-  made = f"`{result['made_by']['command']}`; {origin([result['made_by']])} (`benchmarks/results/records.json`)"
+  made = f"`{result['made_by']['command']}`; {origin([result['made_by']])}; `benchmarks/results/records.json`"
   return (
     f"A record of {result['steps']:,} steps, {result['seeds']} seeds, {len(result['windows'])} windows and "
     f"{result['groups']} groups ({memory(result['file_bytes'])}) opens in {opens}, "
