@@ -30,8 +30,10 @@ def number(value: float, digits: int = 3) -> str:
     return "–"
   if float(value).is_integer() and abs(value) < 1e9:
     return f"{int(value):,}"
-  return f"{value:.{digits}g}" if 1e-3 <= abs(value) < 10**digits or abs(value) >= 1e9 else f"{value:,.0f}" if abs(
-    value) >= 1 else f"{value:.1e}"  # fmt: skip
+  text = f"{value:.{digits}g}"
+  if 1 <= abs(value) < 1e9 and "e" in text:
+    return f"{value:,.0f}"
+  return text if abs(value) >= 1e-3 else f"{value:.1e}"
 
 
 def percent(part: float, whole: float = 1) -> str:

@@ -171,9 +171,11 @@ def read(file: BinaryIO, *, check_all: bool = False) -> Contents | None:
     session = len(lows) - 1
     if kind == SESSION:
       new = json.loads(payload)
+      same = new.pop("same", False)  # it adds to what the session's first frame says
       first = {name: value for name, value in layout.get("attrs", {}).items() if name == "created"}
       layout = new | {"attrs": {**layout.get("attrs", {}), **new["attrs"], **first}}
-      lows.append({})
+      if not same or not lows:
+        lows.append({})
     elif kind == ROW:
       step, _, fields = _ROW.unpack_from(payload)
       if damaged and None in lows[-1] and step <= rows[-1][1].step:  # the session's own frame is lost
@@ -273,6 +275,12 @@ class Journal:
 
   def close(self) -> None:
     os.close(self._fd)
+
+  def abandon(self) -> None:
+    """Closes it before anything was written; one that was not there before goes."""
+    if self.found is None:
+      self.path.unlink(missing_ok=True)
+    self.close()
 
 
 def read_bytes(fd: int, offset: int, length: int) -> bytes:

@@ -241,6 +241,7 @@ def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None
     empty: a record of no steps, of the same layout.
     contents, rows: the journal's.
   """
+  path = path.resolve()  # a link stays
   partial = path.with_name(path.name + ".partial")
   try:
     if path.exists():

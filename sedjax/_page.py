@@ -65,7 +65,7 @@ def write_page(
   Raises:
     ValueError: the page cannot be written there, or would take the place of what is no page; else as `make_page`.
   """
-  target = Path(out)
+  target = Path(out).resolve()  # a link stays
   _check_target(target, os.fspath(out))
   try:  # first, so that a place that cannot be written to is told before the record is read
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".sedjax.")

@@ -120,22 +120,24 @@ def _peak(leaves: Any) -> jax.Array:
     else:
       alone.append(leaf)
   arrays = [*alone, jnp.concatenate(together)] if together else alone
-  peaks = [jnp.max(jnp.abs(array), initial=0).astype(jnp.float32) for array in arrays]
+  sizes = [jnp.abs(array).astype(jnp.float32) for array in arrays]
+  # XLA's maximum on CPU leaves NaN out where numbers are many.
+  peaks = [jnp.max(jnp.where(jnp.isnan(size), jnp.inf, size), initial=0) for size in sizes]
   if len(peaks) <= 1:
     return peaks[0] if peaks else jnp.float32(0)
-  # A sort, with NaN last, is not computed again in each kernel that needs the result, as a chain of maxima would be.
+  # A sort is not computed again in each kernel that needs the result, as a chain of maxima would be.
   return jax.lax.sort(jnp.stack(peaks))[-1]
 
 
 def largest(config: Config, layout: Layout, row: Any) -> jax.Array:
-  """float32[]: the largest magnitude in a row and its sum over groups; NaN where it holds one, 0 where it is empty."""
+  """float32[]: the largest magnitude in a row and its sum over groups; infinite for NaN, 0 where it is empty."""
   if not config.exact:
     return _peak([row] if config.groups is None else [row, row.sum(0)])
   return largest_leaf(layout, jax.tree.leaves(row))
 
 
 def largest_leaf(layout: Layout, leaves: list[Any]) -> jax.Array:
-  """float32[]: the largest magnitude in tracked leaves; NaN where one holds one."""
+  """float32[]: the largest magnitude in tracked leaves; infinite where one holds NaN."""
 
   def local(blocks: list[jax.Array]) -> jax.Array:
     return _placement.pmax(_peak([sketch.as_real(block) for block in blocks]), layout.axes)

@@ -59,6 +59,11 @@ class Store:
       self.folder.mkdir(parents=True, exist_ok=True)
       if reports:
         with open(self.folder / _REPORTS, "ab") as file:
+          if file.tell() < (first - 1) * len(reports[0]):
+            raise CheckpointError(
+              f"sedjax analyze: {self.folder} was emptied, perhaps by another analysis of the same checkpoints; run "
+              "one at a time."
+            )
           file.truncate((first - 1) * len(reports[0]))
           file.write(b"".join(reports))
           _flush(file)
@@ -196,7 +201,7 @@ def write_record(record: xr.Dataset, out: Path, series: list[Entry]) -> bool:
   """
   from sedjax import _netcdf
 
-  path = pathlib.Path(out)
+  path = pathlib.Path(out).resolve()  # a link stays
   new = path.with_name(path.name + ".new")
   old = replaceable(path, series)
   if old is not None:

@@ -141,6 +141,8 @@ class Recorder:
     self._tracked = tracker is not None
     self._name = name if name is not None else (tracker or {}).get("name")
     self._seeds = None if seeds is None else np.asarray(seeds).tolist()
+    if self._seeds is not None and len(set(self._seeds)) < len(self._seeds):
+      raise ValueError(f"sedjax.record: seeds={self._seeds} names some twice; give each a name of its own.")
     self._given = None if windows is None else (list(map(int, windows)), list(groups or [WHOLE]))
     self._attrs, self._sinks = dict(attrs or {}), tuple(sinks)
     for key in self._attrs:
@@ -165,7 +167,7 @@ class Recorder:
         known["seeds"] = self._seeds
       self._must_continue(known)
     except BaseException:
-      self._journal.close()
+      self._journal.abandon()
       raise
     self._begun = self._checked = False  # this session's frame is written; its layout agrees with the record's
     self._held: list[bytes] = []  # what was logged before the first row of a new record
@@ -198,7 +200,7 @@ class Recorder:
     if isinstance(state, Report):
       if self._given is None:
         raise ValueError("sedjax.record: to append a Report, pass windows=… and groups=… to Recorder.")
-      report = state
+      report = Report(*map(_own, state))
     else:
       tracker = state if isinstance(state, core.TrackerState) else find_tracker(state, self._name)
       report, windows = core.reports(tracker), core.window_sizes(tracker)
@@ -226,6 +228,8 @@ class Recorder:
     for name, value in scalars.items():
       if not name.isidentifier() or name.endswith("_step") or name in {*FIELDS, *DIMS, "index", "event"}:
         raise ValueError(f"sedjax.record: a series cannot be named {name!r}; the record uses that name.")
+      if isinstance(value, Tracer):
+        raise ValueError("sedjax.record: log was called inside jit; call it outside, with what jit returned.")
       dtype = (value if isinstance(value, jax.Array) else np.asarray(value)).dtype
       if np.ndim(value) > 1 or not any(jax.numpy.issubdtype(dtype, kind) for kind in (bool, np.integer, np.floating)):
         raise ValueError(f"sedjax.record: {name} must be a number or an array over seeds, got {type(value).__name__}.")
@@ -235,6 +239,7 @@ class Recorder:
         self._check_seeds(name, len(value))
     if scalars:
       self._last |= {f"log {name}": step for name in scalars}
+      scalars = {name: _own(value) for name, value in scalars.items()}
       self._put(f"the series of step {step}", functools.partial(self._write_series, step, scalars))
 
   def event(self, step: int, text: str) -> None:
@@ -418,7 +423,8 @@ class Recorder:
 
   def _begin(self, layout: dict[str, Any]) -> None:
     """Writes this session's frame, which says what its rows are."""
-    self._journal.write(_journal.frame(_journal.SESSION, json.dumps(layout).encode()))
+    session = layout | {"same": True} if self._begun else layout  # begun by a note, before a row told the rest
+    self._journal.write(_journal.frame(_journal.SESSION, json.dumps(session).encode()))
     self._layout, self._begun = layout, True
     for data in self._held:
       self._journal.write(data)
@@ -430,7 +436,8 @@ class Recorder:
       windows, groups = self._given
     if identity is not None:
       labels, map_id = identity
-      groups = [storable(text) or WHOLE for text in core.group_names(labels)]
+      names = [storable(text) for text in core.group_names(labels)]
+      groups = [WHOLE, *(f"group {name}" if name == WHOLE else name for name in names[1:])]
       sketch_id = np.reshape(map_id, (-1, map_id.shape[-1]))[0].tolist()
     elif self._tracked:
       sketch_id = list(self._config.sketch.sketch_id)
@@ -532,6 +539,16 @@ def open_record(path: str | Path) -> xr.Dataset:
 
   joined.set_close(close)
   return joined
+
+
+_copy = jax.jit(jax.numpy.copy)
+
+
+def _own(value: Any) -> Any:
+  """An array of the recorder's own: the caller's may be donated or written into before it is read."""
+  if isinstance(value, Tracer):
+    return value
+  return _copy(value) if isinstance(value, jax.Array) else np.array(value)
 
 
 def _needs_io() -> None:

@@ -1181,3 +1181,11 @@ def test_only_what_the_analysis_wrote_is_removed(tmp_path):
   (store.folder / "thesis.txt").write_text("important")
   store.remove()
   assert os.listdir(store.folder) == ["thesis.txt"]
+
+
+def test_reports_that_another_process_took_away_are_not_made_up(tmp_path):
+  store = _store.Store(tmp_path / "run.nc", "")
+  store.save({"a": np.ones(3)}, [b"report"])
+  store.remove()
+  with pytest.raises(checkpoints.CheckpointError, match="was emptied"):
+    store.save({"a": np.ones(3)}, [b"report"], 2)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from sedjax import _journal, _netcdf, _page, _summary
 from sedjax.__main__ import main
-from sedjax._html import escape
+from sedjax._html import escape, number
 from sedjax._types import Status
 
 
@@ -40,6 +40,14 @@ def words(page):
   page = re.sub(r"<style>.*?</style>", "", page, flags=re.S)
   page = re.sub(r'src(set)?="data:[^"]*"', "", page)
   return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+
+
+@pytest.mark.parametrize(
+  ("value", "digits", "text"),
+  [(999.7, 3, "1,000"), (99.97, 2, "100"), (12.34, 3, "12.3"), (1234.5, 3, "1,234"), (0.0005, 3, "5.0e-04")],
+)
+def test_numbers_as_a_reader_writes_them(value, digits, text):
+  assert number(value, digits) == text
 
 
 @pytest.fixture(scope="module")

@@ -266,6 +266,62 @@ def test_goes_on_by_reports_of_a_tracker(tmp_path):
 
 
 @pytest.mark.parametrize("killed", [False, True])
+def test_what_comes_before_the_first_row_of_a_session_stays(tmp_path, killed):
+  """Series and events of a step are recorded before its row, in a record that goes on, too."""
+  path = tmp_path / "run.nc"
+  for steps in (range(1, 4), range(4, 7)):
+    recorder = recorder_of(path, attrs={f"from_{steps[0]}": 1})
+    for step in steps:
+      recorder.log(step, loss=float(step))
+      recorder.event(step + 1, f"after {step}")
+      recorder.append(step, report_of(step))
+    recorder.flush()
+    if not killed or steps[0] == 1:
+      recorder.close()
+  record = open_record(path).load()
+  assert record.step.values.tolist() == record.loss.values.tolist() == [1, 2, 3, 4, 5, 6]
+  assert record.event.values.tolist() == ["after 1", "after 2", *(f"after {step}" for step in range(4, 7))]
+  assert record.attrs["from_1"] == record.attrs["from_4"] == 1
+  recorder.close()
+  assert_same_record(open_record(path), record)
+
+
+def test_what_is_recorded_may_be_overwritten_at_once(tmp_path):
+  path, buffer = tmp_path / "run.nc", np.zeros(())
+  donate = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+  with recorder_of(path) as recorder:
+    for step in range(1, 7):
+      buffer[...] = step
+      recorder.log(step, loss=buffer)
+      report = report_of(step)
+      if step % 2:
+        report = jax.tree.map(jnp.asarray, report)
+        recorder.append(step, report)
+        donate(report)
+      else:
+        recorder.append(step, report)
+        report.gap_ratio[:] = 0
+  assert open_record(path).loss.values.tolist() == steps_of(path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_link_stays(tmp_path):
+  path, link = tmp_path / "disk" / "run.nc", tmp_path / "run.nc"
+  path.parent.mkdir()
+  link.symlink_to(path)
+  for steps in (range(3), range(3, 5)):
+    record_numbers(link, steps)
+    assert link.is_symlink()
+  assert steps_of(link) == steps_of(path) == [0, 1, 2, 3, 4]
+
+
+def test_a_group_named_all_is_not_the_whole_model(tmp_path):
+  tx = sedjax.track_spectral_edge(3, groups=lambda _: "all")
+  with Recorder(tmp_path / "run.nc") as recorder:
+    recorder.append(0, tx.init(PARAMS))
+  assert open_record(tmp_path / "run.nc").group.values.tolist() == ["all", "group all"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
 def test_going_back_replaces(tmp_path, killed):
   path = tmp_path / "run.nc"
   leave = leave_journal if killed else record_numbers
@@ -703,6 +759,8 @@ def test_wrong_arguments(tmp_path):
   with Recorder(path, tracker=OPTIONS) as recorder:
     with pytest.raises(ValueError, match="called inside jit"):
       jax.jit(lambda s: recorder.append(0, s))(state)
+    with pytest.raises(ValueError, match="called inside jit"):
+      jax.jit(lambda x: recorder.log(0, loss=x))(1.0)
     recorder.append(0, state)
     with pytest.raises(ValueError, match=r"reports' shape was \(3, 2\) and is now \(3, 3, 2\)"):
       recorder.append(1, run(3)[0][-1])
@@ -712,6 +770,11 @@ def test_wrong_arguments(tmp_path):
     recorder.append(2, state)
   with pytest.raises(ValueError, match=r"cannot write .*none/run.nc: No such file"):
     Recorder(tmp_path / "none" / "run.nc")
+  with pytest.raises(ValueError, match="names some twice"):
+    Recorder(path, seeds=["a", "a"])
+  with pytest.raises(ValueError, match="cannot continue"):
+    Recorder(path, seeds=["a", "b"])
+  assert not journal_of(path).exists()
 
 
 def test_the_first_error_is_the_one_to_see(tmp_path):

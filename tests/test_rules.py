@@ -211,6 +211,26 @@ def test_temporaries_grow_neither_with_leaves_nor_with_groups(monkeypatch):
   assert memory.temp_size_in_bytes <= 6 * 2**20
 
 
+@pytest.mark.parametrize("source", ["updates", "params"])
+@pytest.mark.parametrize("sketch", [sedjax.sketch.count(), sedjax.sketch.exact()], ids=["count", "exact"])
+@pytest.mark.parametrize("where", [np.s_[40, 7], np.s_[:]], ids=["one", "all"])
+def test_nan_is_found_in_long_rows(where, sketch, source):
+  """XLA's maximum of many numbers leaves NaN out on CPU."""
+  tx = sedjax.track_spectral_edge(window=3, sketch=sketch, source=source)
+  update = jax.jit(tx.update, **oracles.AS_USERS_COMPILE)
+  rng = np.random.default_rng(0)
+  steps = [rng.normal(size=(128, 96)).astype(np.float32) for _ in range(6)]
+  steps[3][where] = np.nan
+  state = tx.init({"w": steps[0]})
+  for step in steps:
+    _, state = update({"w": step}, state, {"w": step})
+  report = sedjax.get_report(state)
+  assert (report.skipped_nonfinite, report.skipped_zero) == (1, 0)
+  assert report.count == (5 if source == "updates" else 4)
+  assert np.isfinite(report.singular_values).all()
+  assert report.singular_values[0] > 0
+
+
 def test_vmapped_seeds_store_no_hashes(monkeypatch):
   """What the signs of a leaf are made of is made again where a part is summed, on one CPU, as for a single run."""
   monkeypatch.setattr(jax, "device_count", lambda: 1)
