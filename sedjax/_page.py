@@ -361,15 +361,16 @@ def _series_section(facts: Facts) -> str:
   for key in names[:12]:
     values = np.asarray(facts.chosen[key].values, float).reshape(facts.chosen.sizes[f"{key}_step"], -1)
     steps = facts.chosen[f"{key}_step"].values
-    if not np.isfinite(values).any():
+    finite = np.isfinite(values)
+    if not finite.any():
       text += f"<p>{escape(key)}: no finite values.</p>"
       continue
-    last = values[np.flatnonzero(np.isfinite(values).any(1))[-1]]
-    low, high = np.nanmin(last), np.nanmax(last)
+    end = np.flatnonzero(finite.any(1))[-1]
+    low, high = values[end][finite[end]].min(), values[end][finite[end]].max()
     now = number(low) if low == high else f"{number(low)} to {number(high)} over seeds"
     words = (
-      f"{key}: {len(steps):,} values, least {number(np.nanmin(values))}, greatest {number(np.nanmax(values))}, at "
-      f"the end {now}."
+      f"{key}: {len(steps):,} values, least {number(values[finite].min())}, greatest {number(values[finite].max())}, "
+      f"at the end {now}."
     )
     text += figure(lambda ax, key=key: plot.series(facts.chosen, key, ax=ax), f"{words} Drawn over its steps.", words)
   if names[12:]:
@@ -377,9 +378,12 @@ def _series_section(facts: Facts) -> str:
   if happened:
     rows = []
     for i, (step, what) in enumerate(happened[:200], 1):
-      row = min(int(np.searchsorted(facts.steps, step)), len(facts.steps) - 1)
-      phases = sorted({int(p) for p in facts.phase[row]})
-      rows.append([str(i), escape(what), escape(listed([PHASE_NAMES[Phase(p)] for p in phases])), f"{step:,}"])
+      if facts.steps[0] <= step <= facts.steps[-1]:
+        phases = sorted({int(p) for p in facts.phase[int(np.searchsorted(facts.steps, step))]})
+        then = listed([PHASE_NAMES[Phase(p)] for p in phases])
+      else:
+        then = "after the last row" if step > facts.steps[-1] else "before the first row"
+      rows.append([str(i), escape(what), escape(then), f"{step:,}"])
     text += table("Events, as numbered in the pictures", ["No.", "Event", "Phase then", "Step"], rows, left=3)
   return text
 

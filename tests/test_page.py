@@ -155,6 +155,16 @@ def test_text_from_the_file_is_escaped(made):
   assert page.count("&lt;script&gt;") >= 4
 
 
+@pytest.mark.usefixtures("quick")
+def test_events_and_series_beyond_the_record(made):
+  """Events of no row have no phase; infinite values are neither least nor greatest."""
+  far = made.assign(accuracy=made.accuracy.copy(data=[np.inf, 0.4, -np.inf])).assign_coords(event_step=[3, 10**6])
+  text = words(_page.make_page(far))
+  assert "data shift before the first row 3" in text
+  assert "learning rate halved after the last row 1,000,000" in text
+  assert "accuracy: 3 values, least 0.4, greatest 0.4, at the end 0.4." in text
+
+
 @pytest.mark.parametrize("case", ["one row", "never full", "one seed", "no series", "all NaN", "no attributes"])
 def test_corner_cases_make_a_page(made, case):
   few = made.drop_dims(["loss_step", "accuracy_step", "event_step"])
