@@ -4,8 +4,8 @@
 
 A record has the dimensions step, seed, window, group and index. Each field of a `Report` is a variable over them;
 `singular_values` and `ratios` also over `index`, the 1-based place k, with NaN where a window has no such place. The
-group "all" is the whole model. What the user adds has steps of its own: a series `name` lies on the dimension
-`name_step`, and `event` on `event_step`.
+group "all" is the whole model; one that the tracker's user named so is "group all". What the user adds has steps of its
+own: a series `name` lies on the dimension `name_step`, and `event` on `event_step`.
 """
 
 from __future__ import annotations
