@@ -121,10 +121,12 @@ def _carry_one(old: TrackerState, new: TrackerState) -> TrackerState:
   """The newest rows of `old` in the ring of `new`, oldest in slot 0; the row that is being summed comes next."""
   old_sizes, new_sizes = window_sizes(old), window_sizes(new)
   parts = _carry_parts(unpack(old), unpack(new), old_sizes, new_sizes)
-  found, pushed = dict(zip(old_sizes, unpack_reports(old), strict=True)), parts.pushed
-  blank = dict(zip(new_sizes, unpack_reports(new), strict=True))
-  blank = {size: report._replace(count=jnp.full_like(report.count, pushed)) for size, report in blank.items()}
-  return pack(parts, [found.get(size, blank[size]) for size in new_sizes])
+  found = dict(zip(old_sizes, unpack_reports(old), strict=True))
+  reports = [
+    found[size] if size in found else report._replace(count=jnp.full_like(report.count, parts.pushed))
+    for size, report in zip(new_sizes, unpack_reports(new), strict=True)
+  ]
+  return pack(parts, reports)
 
 
 def _carry_parts(old: Parts, new: Parts, old_sizes: tuple[int, ...], new_sizes: tuple[int, ...]) -> Parts:

@@ -452,6 +452,13 @@ def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState)
   return state._replace(counters=pack_counters(parts._replace(flags=flags)))
 
 
+def _window_index(state: TrackerState, window: int | None) -> int:
+  sizes = window_sizes(state)
+  if window is not None and window not in sizes:
+    raise ValueError(f"sedjax: there is no window {window!r}; the tracker's windows are {sizes}.")
+  return len(sizes) - 1 if window is None else sizes.index(window)
+
+
 def _group_index(state: TrackerState, group: Hashable | None) -> int | jax.Array:
   if group is None:
     return 0
@@ -483,11 +490,7 @@ def report(state: TrackerState, *, group: Hashable | None = None, window: int | 
     ValueError: an unknown window or group. (Inside jit, where names are not known, an unknown group gives NaN,
       k_star -1 and the status bit UNKNOWN_GROUP instead.)
   """
-  sizes = window_sizes(state)
-  if window is not None and window not in sizes:
-    raise ValueError(f"sedjax: there is no window {window!r}; the tracker's windows are {sizes}.")
-  at = len(sizes) - 1 if window is None else sizes.index(window)
-  return _report(_without_rows(state), at, _group_index(state, group))
+  return _report(_without_rows(state), _window_index(state, window), _group_index(state, group))
 
 
 # Compiled as a whole: outside of jit, the fifty small operations take 0.1 s on eight devices.
@@ -541,11 +544,7 @@ def history(state: TrackerState, *, group: Hashable | None = None, window: int |
   """
   if not state.history:
     raise ValueError("sedjax: this tracker keeps no history; pass history=… to track_spectral_edge.")
-  sizes = window_sizes(state)
-  if window is not None and window not in sizes:
-    raise ValueError(f"sedjax: there is no window {window!r}; the tracker's windows are {sizes}.")
-  at = len(sizes) - 1 if window is None else sizes.index(window)
-  return _history(_without_rows(state), at, _group_index(state, group))
+  return _history(_without_rows(state), _window_index(state, window), _group_index(state, group))
 
 
 @functools.partial(jax.jit, static_argnums=1)
