@@ -69,7 +69,7 @@ def skipped(line: Section, names: list[str], width: int) -> list[str]:
 
 def show_observe(section: Section) -> str:
   head = ["tree", "parameters, leaves", "`global_norm`", "column sums", "`observe`", "÷ `global_norm`", "÷ column sums"]
-  head += ["temporaries", "compiling, bound → `observe`"]
+  head += ["÷ reading at copying speed", "temporaries", "compiling, bound → `observe`"]
   rows = []
   for line in section["lines"]:
     names = [f"`{line['tree']}`, {line['dtype']}", f"{line['parameters']:,}, {line['leaves']}"]
@@ -78,10 +78,12 @@ def show_observe(section: Section) -> str:
       continue
     norm, sums, ours = line["global_norm"], line["column_sums"], line["observe"]
     times = [duration(each["best_s"]) for each in (norm, sums, ours)]
-    ratios = [digits(line[f"ratio_to_{bound}"]) for bound in ("global_norm", "column_sums")]
+    ratios = [digits(line[f"ratio_to_{bound}"]) for bound in ("global_norm", "column_sums", "copying")]
     compiling = f"{duration(norm['compile_s'])} → {duration(ours['compile_s'])}"
     rows.append([*names, *times, *ratios, memory(ours["temporary_bytes"]), compiling])
-  return "The whole tracker, W = 10, `count(16384)`, one row a step:\n\n" + table(head, rows)
+  words = "The whole tracker, W = 10, `count(16384)`, one row a step; a large array is copied at "
+  words += f"{digits(section['copy_bytes_per_s'] / 1e9)} GB/s, read and written:"
+  return words + "\n\n" + table(head, rows)
 
 
 def show_flatness(section: Section) -> str:
@@ -138,12 +140,15 @@ def show_step(section: Section) -> str:
   head += ["`observe` between steps", "that is"]
   rows = []
   for line in section["lines"]:
+    if "skipped" in line:
+      rows.append(skipped(line, [f"`{line['tree']}`, {line['dtype']}"], len(head)))
+      continue
     batch = " × ".join(str(size) for size in line["batch"])
     adds = f"{duration(line['difference_s'])} ± {duration(line['difference_standard_error_s'])}"
     share = f"{percent(line['overhead'])} ± {percent(line['overhead_standard_error'])}"
     without = duration(line["without"]["median_s"])
     alone = line["alone"]["median_s"]
-    names = [f"`{line['tree']}`, {batch}", without, adds, share, str(line["rounds"])]
+    names = [f"`{line['tree']}`, {line['dtype']}, {batch}", without, adds, share, str(line["rounds"])]
     rows.append([*names, duration(alone), percent(alone / line["without"]["median_s"])])
   return (
     "Training steps (AdamW) with and without the tracker, mean difference ± its standard error, and `observe` by "
@@ -154,7 +159,7 @@ def show_step(section: Section) -> str:
 def show_eigen(section: Section) -> str:
   batches = list(section["lines"][0]["batches"])
   shown = [batches[0], batches[-1]]
-  methods = ("svd", "eigh", "jacobi", "householder")
+  methods = list(section["lines"][0]["max_relative_error"])
   with_time = [(batch, method) for batch in shown for method in methods if method != "svd" or batch == batches[0]]
   conditions = list(section["lines"][0]["max_relative_error"]["eigh"])
   head = ["rows", *(f"{method}, batch {batch}" for batch, method in with_time)]
@@ -164,11 +169,10 @@ def show_eigen(section: Section) -> str:
     times = [duration(line["batches"][batch][method]["best_s"]) for batch, method in with_time]
     errors = [percent(line["max_relative_error"][method][conditions[-1]]) for method in methods]
     rows.append([str(line["rows"]), *times, *errors])
-  words = (
-    f"Spectrum of a few rows: SVD of the rows (d = {section['dim']:,}), `eigh` of their Gram matrix, parallel Jacobi "
-  )
-  words += "with as many sweeps as it needs, and what the tracker does from 64 rows on (Householder, Sturm, powers for "
-  words += "the leading vector); largest relative error of a singular value:"
+  words = f"Spectrum of a few rows: SVD of the rows (d = {section['dim']:,}), `eigh` of their Gram matrix, parallel "
+  words += "Jacobi with as many sweeps as it needs, and *householder* (Sturm's sequence, powers for the leading "
+  words += "vector), which the tracker does from 64 rows on a CPU, and on a GPU always, as one *kernel*; largest "
+  words += "relative error of a singular value:"
   return words + "\n\n" + table(head, rows)
 
 

@@ -47,7 +47,7 @@ from models import Tree
 from timing import compile_function, interleave, seconds_of
 
 import sedjax
-from sedjax import _gram, core
+from sedjax import _eigen, core
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW, DIM = 10, 16384
@@ -115,6 +115,15 @@ def free_bytes() -> float:
     return math.inf
 
 
+def copy_bandwidth(effort: Effort) -> float:
+  """Bytes read and written in a second where a large array is copied with another sign."""
+  count = 2**28 if effort.accelerator else 2**25
+  array = jax.random.normal(jax.random.key(0), (count,))
+  copy = compile_function(lambda x: -x, array)
+  timing = interleave({"copy": lambda _: copy.call(array)}, effort.rounds, effort.repeats)["copy"]
+  return 2 * array.nbytes / timing["best_s"]
+
+
 # ---- sections ----
 
 
@@ -136,13 +145,15 @@ def measure_observe(effort: Effort) -> Section:
       **{call: {**timing, **facts[call]} for call, timing in timings.items()},
       "ratio_to_global_norm": best["observe"] / best["global_norm"],
       "ratio_to_column_sums": best["observe"] / best["column_sums"],
+      "ratio_to_copying": best["observe"] * bandwidth / models.sizes(trees[0])["bytes"],
     }
 
+  bandwidth = copy_bandwidth(effort)
   lines = []
   for name, dtype in cases:
     what = {"tree": name, "dtype": dtype, **models.sizes(models.shapes(name, jnp.dtype(dtype)))}
     lines.append(if_it_fits(functools.partial(measure, name, dtype), what))
-  return {"lines": lines}
+  return {"copy_bytes_per_s": bandwidth, "lines": lines}
 
 
 def measure_flatness(effort: Effort) -> Section:
@@ -220,6 +231,8 @@ def measure_params(effort: Effort) -> Section:
 def measure_seeds(effort: Effort) -> Section:
   config = core.Config(WINDOW)
   small, middle = ((1, 8), ()) if effort.smoke else ((1, 8, 32), (1, 4))
+  if effort.accelerator and not effort.smoke:
+    small = middle = (1, 8, 64)
   cases = [(SMALL, seeds) for seeds in small] + [(MIDDLE, seeds) for seeds in middle]
 
   def measure(name: str, seeds: int) -> Section:
@@ -264,62 +277,74 @@ def measure_seeds(effort: Effort) -> Section:
 
 
 def measure_step(effort: Effort) -> Section:
-  name = SMALL if effort.smoke else MIDDLE
-  batch, length = 8, models.GPTS[name].context
-  generator = np.random.default_rng(0)
-  tokens = [
-    jnp.asarray(generator.integers(models.GPTS[name].vocab, size=(batch, length + 1)), jnp.int32) for _ in range(8)
-  ]
-  tracker = sedjax.track_spectral_edge(WINDOW, momentum=0.9)
-  optimizers = {"without": optax.adamw(3e-4), "with": optax.chain(optax.adamw(3e-4), tracker)}
-  compiled, states = {}, {}
-  for kind, tx in optimizers.items():
+  if effort.smoke:
+    cases = [(SMALL, 8, "float32")]
+  elif effort.accelerator:
+    cases = [("gpt2_124m", 32, "bfloat16"), ("gpt2_124m", 8, "bfloat16")]
+  else:
+    cases = [(MIDDLE, 8, "float32")]
 
-    def step(params: Tree, state: Any, tokens: jax.Array, tx: Any = tx) -> tuple[Tree, Any, jax.Array]:
-      loss, gradients = jax.value_and_grad(models.loss)(params, tokens)
-      updates, state = tx.update(gradients, state, params)
-      return optax.apply_updates(params, updates), state, loss
+  def measure(name: str, batch: int, dtype: str) -> Section:
+    length = models.GPTS[name].context
+    generator = np.random.default_rng(0)
+    tokens = [
+      jnp.asarray(generator.integers(models.GPTS[name].vocab, size=(batch, length + 1)), jnp.int32) for _ in range(8)
+    ]
+    tracker = sedjax.track_spectral_edge(WINDOW, momentum=0.9)
+    optimizers = {"without": optax.adamw(3e-4), "with": optax.chain(optax.adamw(3e-4), tracker)}
+    compiled, states = {}, {}
+    for kind, tx in optimizers.items():
 
-    params = models.initial_params(name)
-    states[kind] = (params, tx.init(params))
-    compiled[kind] = compile_function(step, *states[kind], tokens[0], donate_argnums=(0, 1))
-  # By itself, between the steps: the difference of two steps is known less well than that.
-  updates = models.initial_params(name)
-  states["alone"] = tracker.init(updates)
-  compiled["alone"] = compile_function(lambda u, s: tracker.update(u, s)[1], updates, states["alone"], donate_argnums=1)
+      def step(params: Tree, state: Any, tokens: jax.Array, tx: Any = tx) -> tuple[Tree, Any, jax.Array]:
+        loss, gradients = jax.value_and_grad(models.loss)(params, tokens, jnp.dtype(dtype))
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, loss
 
-  def call(kind: str, i: int) -> Any:
-    if kind == "alone":
-      states[kind] = compiled[kind].call(updates, states[kind])
-      return states[kind]
-    *state, loss = compiled[kind].call(*states[kind], tokens[i % len(tokens)])
-    states[kind] = tuple(state)
-    return (*state, loss)
+      params = models.initial_params(name)
+      states[kind] = (params, tx.init(params))
+      compiled[kind] = compile_function(step, *states[kind], tokens[0], donate_argnums=(0, 1))
+    # By itself, between the steps: the difference of two steps is known less well than that.
+    updates = models.initial_params(name)
+    states["alone"] = tracker.init(updates)
+    alone = compile_function(lambda u, s: tracker.update(u, s)[1], updates, states["alone"], donate_argnums=1)
+    compiled["alone"] = alone
 
-  rounds = 10 if effort.smoke else 100 if effort.accelerator else 16
-  seconds: dict[str, list[float]] = {kind: [] for kind in states}
-  for i in range(2 + rounds):
-    # Every other round the one with the tracker goes first.
-    for kind in [*list(optimizers)[:: 1 if i % 2 else -1], "alone"]:
-      found = seconds_of(functools.partial(call, kind), i)
-      if i >= 2:
-        seconds[kind].append(found)
-  without, tracked = (np.asarray(seconds[kind]) for kind in ("without", "with"))
-  difference = tracked - without
-  error = difference.std(ddof=1) / rounds**0.5
-  line = {
-    "tree": name,
-    "batch": [batch, length],
-    "rounds": rounds,
-    **{kind: {"median_s": statistics.median(seconds[kind]), **compiled[kind].facts()} for kind in seconds},
-    "difference_s": difference.mean(),
-    "difference_standard_error_s": error,
-    "median_difference_s": np.median(difference),
-    "overhead": difference.mean() / without.mean(),
-    "overhead_standard_error": error / without.mean(),
-    "seconds": seconds,
-  }
-  return {"lines": [line]}
+    def call(kind: str, i: int) -> Any:
+      if kind == "alone":
+        states[kind] = compiled[kind].call(updates, states[kind])
+        return states[kind]
+      *state, loss = compiled[kind].call(*states[kind], tokens[i % len(tokens)])
+      states[kind] = tuple(state)
+      return (*state, loss)
+
+    rounds = 10 if effort.smoke else 200 if effort.accelerator else 16
+    seconds: dict[str, list[float]] = {kind: [] for kind in states}
+    for i in range(2 + rounds):
+      # Every other round the one with the tracker goes first.
+      for kind in [*list(optimizers)[:: 1 if i % 2 else -1], "alone"]:
+        found = seconds_of(functools.partial(call, kind), i)
+        if i >= 2:
+          seconds[kind].append(found)
+    without, tracked = (np.asarray(seconds[kind]) for kind in ("without", "with"))
+    difference = tracked - without
+    error = difference.std(ddof=1) / rounds**0.5
+    return {
+      "batch": [batch, length],
+      "rounds": rounds,
+      **{kind: {"median_s": statistics.median(seconds[kind]), **compiled[kind].facts()} for kind in seconds},
+      "difference_s": difference.mean(),
+      "difference_standard_error_s": error,
+      "median_difference_s": np.median(difference),
+      "overhead": difference.mean() / without.mean(),
+      "overhead_standard_error": error / without.mean(),
+      "seconds": seconds,
+    }
+
+  lines = []
+  for name, batch, dtype in cases:
+    what = {"tree": name, "dtype": dtype}
+    lines.append(if_it_fits(functools.partial(measure, name, batch, dtype), what))
+  return {"lines": lines}
 
 
 # ---- eigenproblems ----
@@ -394,11 +419,16 @@ def by_jacobi(rows: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def by_householder(rows: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
   del rows
-  return jax.vmap(_gram.plain_eigh)(gram)
+  return jax.vmap(_eigen.solve)(gram)
+
+
+def by_kernel(rows: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+  del rows
+  return _eigen.solve_on_gpu(gram)
 
 
 CONDITIONS = (100, 300)
-METHODS = {"svd": by_svd, "eigh": by_eigh, "jacobi": by_jacobi, "householder": by_householder}
+METHODS = {"svd": by_svd, "eigh": by_eigh, "jacobi": by_jacobi, "householder": by_householder, "kernel": by_kernel}
 
 
 def gram_of(rows: jax.Array) -> jax.Array:
@@ -414,14 +444,17 @@ def spectrum(method: str, rows: jax.Array, gram: jax.Array) -> np.ndarray:
 def measure_eigen(effort: Effort) -> Section:
   sizes = (3, 10) if effort.smoke else (3, 5, 10, 11, 16, 32, 65)
   batches = (1, 8) if effort.smoke else (1, 8, 64, 512)
+  if effort.accelerator:  # whose compilers take longer
+    sizes, batches = sizes[::2], batches[::3] or batches[:1]
+  known = [method for method in METHODS if method != "kernel" or jax.default_backend() == "gpu"]
   lines = []
   for size in sizes:
-    errors: dict[str, dict[str, float]] = {method: {} for method in METHODS}
+    errors: dict[str, dict[str, float]] = {method: {} for method in known}
     for condition in CONDITIONS:
       rows = graded_rows(8, size, condition)
       exact = np.linalg.svd(rows.astype(np.float64), compute_uv=False)
       gram = gram_of(jnp.asarray(rows))
-      for method in METHODS:
+      for method in known:
         found = spectrum(method, jnp.asarray(rows), gram)
         errors[method][str(condition)] = float(np.max(np.abs(found / exact - 1)))
     rows = jnp.asarray(graded_rows(8, size, CONDITIONS[0]))
@@ -430,7 +463,7 @@ def measure_eigen(effort: Effort) -> Section:
     for batch in batches:
       some, gram = rows[:batch], jnp.tile(grams[:batch], (max(1, batch // 8), 1, 1))
       # More rows than these take long, and much memory.
-      methods = [method for method in METHODS if method != "svd" or batch <= 8]
+      methods = [method for method in known if method != "svd" or batch <= 8]
       compiled = {method: compile_function(METHODS[method], some, gram) for method in methods}
       calls = {method: lambda _, c=each.call, x=some, g=gram: c(x, g) for method, each in compiled.items()}
       timings = {}

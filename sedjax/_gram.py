@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sedjax import _eigen, _placement
+
 _HIGHEST = jax.lax.Precision.HIGHEST
-# Nothing beside the largest entry of a Gram matrix of scaled rows, which is 1 or more.
-_TINY = np.float32(1e-30)
-# Rows from which LAPACK's `eigh` uses threads.
+# Rows from which LAPACK's `eigh` uses threads, see `_eigen`.
 _THREADED = 64
 
 
@@ -163,92 +163,17 @@ def _precise_eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
   return values[order] * scale, vectors[:, order[-1]]
 
 
-def _tridiagonal(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Diagonal [n] and squares [n - 1] beside it of a tridiagonal matrix with the eigenvalues of a symmetric one."""
-  index = jnp.arange(matrix.shape[0], dtype=jnp.int32)
-
-  def reflect(k: Any, a: jax.Array) -> jax.Array:
-    below = jnp.where(index > k, a[k], 0)
-    length = jnp.sqrt(jnp.sum(below * below))
-    v = below + jnp.where(index == k + 1, jnp.where(a[k, k + 1] < 0, -length, length), 0)
-    energy = jnp.sum(v * v)
-    factor = jnp.where(energy > _TINY, 2 / jnp.maximum(energy, _TINY), 0)
-    image = factor * jnp.sum(a * v[None, :], 1)
-    image = image - (factor / 2 * jnp.sum(image * v)) * v
-    return a - v[:, None] * image[None, :] - image[:, None] * v[None, :]
-
-  matrix = jax.lax.fori_loop(0, matrix.shape[0] - 2, reflect, matrix)
-  return jnp.diagonal(matrix), jnp.diagonal(matrix, 1) ** 2
-
-
-@jax.jit
-def _tridiagonal_values(diagonal: jax.Array, squares: jax.Array) -> jax.Array:
-  """Eigenvalues, ascending, by the signs of Sturm's sequence at 15 places at once for each, seven times over."""
-  size = diagonal.shape[0]
-  beside = jnp.sqrt(squares)
-  radius = jnp.pad(beside, (1, 0)) + jnp.pad(beside, (0, 1))
-  low, high = jnp.min(diagonal - radius), jnp.max(diagonal + radius)
-  tiny = jnp.maximum(jnp.maximum(jnp.abs(low), jnp.abs(high)) * np.float32(1e-12), _TINY)
-
-  def away(q: jax.Array) -> jax.Array:
-    """From 0, on one side, since it divides next."""
-    return jnp.where(jnp.abs(q) < tiny, -tiny, q)
-
-  def count_below(x: jax.Array) -> jax.Array:
-    def step(carry: tuple[jax.Array, jax.Array], entry: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-      q, count = carry
-      q = away(entry[0] - x - entry[1] / q)
-      return (q, count + (q < 0)), None
-
-    first = away(diagonal[0] - x)
-    rest = diagonal[1:], squares
-    return jax.lax.scan(step, (first, (first < 0).astype(jnp.int32)), rest, unroll=32)[0][1]
-
-  place = jnp.arange(size, dtype=jnp.int32)[:, None]
-  part = np.arange(1, 16, dtype=np.float32) / np.float32(16)
-
-  def narrow(_: Any, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    start, width = bracket
-    inner = count_below(start[:, None] + width * part)
-    steps = jnp.sum(inner <= place, 1).astype(jnp.float32)
-    return start + width * (steps / 16), width / 16
-
-  start, width = jax.lax.fori_loop(0, 7, narrow, (jnp.full(size, low), high - low))
-  return start + width / 2
-
-
-def _leading_vector(matrix: jax.Array) -> jax.Array:
-  """Of a symmetric matrix without negative eigenvalues, by squaring it 14 times; of norm 1, or 0 for the matrix 0."""
-
-  def square(_: Any, power: jax.Array) -> jax.Array:
-    power = power / jnp.maximum(jnp.max(jnp.abs(power)), _TINY)
-    return jnp.matmul(power, power, precision=_HIGHEST)
-
-  power = jax.lax.fori_loop(0, 14, square, matrix)
-  vector = power[jnp.argmax(jnp.diagonal(power))]
-  norm = jnp.sqrt(jnp.sum(vector * vector))
-  return vector / jnp.where(norm > 0, norm, 1)
-
-
-def plain_eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Eigenvalues (ascending) [n], and the leading eigenvector [n], of a float32 Gram matrix of scaled rows."""
-  return _tridiagonal_values(*_tridiagonal(gram)), _leading_vector(gram)
-
-
 def _library_eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
   values, vectors = jnp.linalg.eigh(gram)
   return values, vectors[..., -1]
 
 
 def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """`plain_eigh` of float32[G, n, n], by the library where that is faster.
-
-  On CPU it is LAPACK, whose BLAS wakes a thread for each core from n = 64 on; these spin for a tenth of a second after
-  each call, and take half of the speed of two cores from the step that follows.
-  """
-  if gram.shape[-1] < _THREADED:
-    return _library_eigh(gram)
-  return jax.lax.platform_dependent(gram, cpu=jax.vmap(plain_eigh), default=_library_eigh)
+  """Eigenvalues (ascending) and leading eigenvector of float32[G, n, n], by the library where that is faster."""
+  own = jax.vmap(_eigen.solve)
+  on_gpu = _eigen.solve_on_gpu if _placement.mesh_of(gram).empty else own
+  on_cpu = _library_eigh if gram.shape[-1] < _THREADED else own
+  return jax.lax.platform_dependent(gram, cpu=on_cpu, cuda=on_gpu, default=_library_eigh)
 
 
 def descending_spectrum(gram: jax.Array) -> tuple[jax.Array, jax.Array]:

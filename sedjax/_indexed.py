@@ -74,14 +74,9 @@ def _chunked_bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: A
   return lax.fori_loop(0, whole, lambda i, total: total + sums(i * size, size), jnp.broadcast_to(total, shape))
 
 
-def _mesh(x: jax.Array) -> Any:
-  """The abstract mesh that an array lies on, as far as that is known while tracing; else an empty one."""
-  return getattr(jax.typeof(x).sharding, "mesh", jax.sharding.AbstractMesh((), ()))
-
-
 def may_be_split(x: jax.Array) -> bool:
   """Whether an array may be sharded; older contexts of a mesh do not show while tracing."""
-  return jax.device_count() > 1 or _mesh(x).size > 1
+  return jax.device_count() > 1 or _placement.mesh_of(x).size > 1
 
 
 def _is_automatic(mesh: Any) -> bool:
@@ -91,7 +86,7 @@ def _is_automatic(mesh: Any) -> bool:
 
 def gathered(vector: jax.Array) -> jax.Array:
   """Asks for a vector on every device of a mesh of automatic axes, where its pieces would be sent around one by one."""
-  mesh = _mesh(vector)
+  mesh = _placement.mesh_of(vector)
   if mesh.empty or not _is_automatic(mesh):
     return vector
   return lax.with_sharding_constraint(vector, jax.NamedSharding(mesh, jax.P()))
@@ -158,7 +153,8 @@ def indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> tup
   if piece.start is None:
     # Partitioners sum what each contraction gives: no more than dim numbers, where a leaf is no wider.
     most = max(1, dim // plan.columns)
-    if plan.buckets * plan.columns > dim and may_be_split(piece.array) and _is_automatic(_mesh(piece.array)):
+    automatic = _is_automatic(_placement.mesh_of(piece.array))
+    if plan.buckets * plan.columns > dim and may_be_split(piece.array) and automatic:
 
       def plain(array: jax.Array, grid: Any) -> jax.Array:
         return folded_sum(_bucket_sums(piece._replace(array=array), plan, most, part, grid).reshape(-1), dim)

@@ -26,6 +26,11 @@ def normalised(spec: Any, ndim: int) -> Spec:
   return tuple(entries + [()] * (ndim - len(entries)))
 
 
+def mesh_of(x: jax.Array) -> Any:
+  """The abstract mesh that an array lies on, as far as that is known while tracing; else an empty one."""
+  return getattr(jax.typeof(x).sharding, "mesh", jax.sharding.AbstractMesh((), ()))
+
+
 def _explicit_axes(mesh: Any) -> set[str]:
   kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
   return {name for name, kind in kinds if kind == jax.sharding.AxisType.Explicit}

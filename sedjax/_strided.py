@@ -33,9 +33,7 @@ from sedjax._count import (
 )
 from sedjax._small import is_small, lots, small_row
 
-# Rows summed by one kernel. 16 streams are as many as prefetchers follow, and code for 16 compiles fast.
-_STRIDE = 16
-# Partial sums alive at a time (4 MiB), since XLA's CPU scheduler would start all leaves at once.
+# Partial sums alive at a time (4 MiB), since XLA's schedulers would start all leaves at once.
 _ALIVE = 2**20
 
 
@@ -66,10 +64,13 @@ def _strided_sums(
   return flip(functools.reduce(jnp.add, sums), sign)
 
 
-def _stride(x: jax.Array, per_bucket: int, part: int | None) -> int:
+def _stride(x: jax.Array, per_bucket: int, part: int | None, gpu: bool = False) -> int:
   """How many rows one kernel sums."""
-  # XLA repeats what is done to every slice in the kernel up to 15 times; more often, it would store the whole leaf.
-  return min(_STRIDE if part in (None, WIDE) and x.dtype == jnp.float32 else _STRIDE // 2, per_bucket)
+  if gpu:  # all, since each kernel takes some microseconds to start
+    return per_bucket
+  # 16 streams are as many as prefetchers follow, and code for 16 compiles fast. XLA repeats what is done to every slice
+  # in the kernel up to 15 times; more often, it would store the whole leaf.
+  return min(16 if part in (None, WIDE) and x.dtype == jnp.float32 else 8, per_bucket)
 
 
 def chunk_sums(x: jax.Array, keys: Any, columns: Any, *, per_bucket: int) -> jax.Array:
@@ -118,7 +119,7 @@ class _Term(NamedTuple):
   buckets: int  # after which `sums` begins anew at `place`
 
 
-def _strided_terms(piece: Piece, plan: Plan, group: int, dim: int, part: Any, grid: Any) -> Iterator[_Term]:
+def _strided_terms(piece: Piece, plan: Plan, group: int, dim: int, part: Any, grid: Any, gpu: bool) -> Iterator[_Term]:
   if piece.hashes is None:
     columns = index_hash(indices(plan.columns), plan.key)
     keys = index_hash(indices(-(-plan.rows // HASH_ROWS)), ~plan.key)
@@ -131,9 +132,9 @@ def _strided_terms(piece: Piece, plan: Plan, group: int, dim: int, part: Any, gr
     bits = mix(keys[row // HASH_ROWS][:, None] ^ columns) << (np.uint32(31) - row % np.uint32(HASH_ROWS))[:, None]
     yield term(lambda _: _signed(x, bits & SIGN, grid, part=part), (0, 0))
     return
-  stride = _stride(x, plan.per_bucket, part)
+  stride = _stride(x, plan.per_bucket, part, gpu)
   whole = plan.rows // plan.per_bucket
-  most = max(1, _ALIVE * _STRIDE // (plan.per_bucket * plan.buckets * plan.columns)) * plan.buckets
+  most = max(1, _ALIVE * max(16, stride) // (plan.per_bucket * plan.buckets * plan.columns)) * plan.buckets
   parts = plan.per_bucket // stride
 
   def strided_sums(zero: Any, row: int, count: int) -> jax.Array:
@@ -152,18 +153,17 @@ def _strided_terms(piece: Piece, plan: Plan, group: int, dim: int, part: Any, gr
 def _apart(zero: jax.Array) -> jax.Array:
   """bool[]: true, as XLA cannot know on CPU, where what a branch on it is given has then been stored.
 
-  Else its compiler would make sums where they are used, index by index of a flat array. On GPU, whose host would wait
-  for the condition, it is known, and branches are left out at once.
+  Else its compiler would make sums where they are used, index by index of a flat array.
   """
   return lax.platform_dependent(zero, cpu=lambda zero: zero == 0, default=lambda _: jnp.bool_(True))
 
 
-def _waves(terms: list[_Term]) -> list[list[_Term]]:
+def _waves(terms: list[_Term], gpu: bool) -> list[list[_Term]]:
   """The terms in order, in lots that may be alive together."""
   waves: list[list[_Term]] = [[]]
   alive = 0
   for term in terms:
-    size = 2 * math.prod(term.shape)
+    size = math.prod(term.shape) * (1 if gpu else 2)  # on CPU those of the next lot are, too
     if waves[-1] and alive + size > _ALIVE:
       waves.append([])
       alive = 0
@@ -183,8 +183,27 @@ def _add_wave(
   return rows
 
 
+def _add_wave_on_gpu(wave: list[_Term], wait: Any, rows: list[jax.Array], stored: list[jax.Array]) -> list[jax.Array]:
+  """The same as one kernel, which reads all sums and writes new rows."""
+  rows, left = list(rows), iter(lax.optimization_barrier(stored))
+  for term in wave:
+    sums = next(left) if any(term.shape) else term.sums(wait)
+    row = rows[term.group]
+    flat = folded_sum(folded_sum(sums.reshape(-1), term.buckets * sums.shape[1]), row.size // 2)
+    after = row.size - term.place - flat.size
+    rows[term.group] = row + lax.pad(flat, flat.dtype.type(0), ((term.place, after, 0),))
+  return lax.optimization_barrier(rows)
+
+
 def strided_rows(
-  pieces: Sequence[Piece], groups: Sequence[int], labels: int, dim: int, seed: int, part: Any, grid: Any
+  pieces: Sequence[Piece],
+  groups: Sequence[int],
+  labels: int,
+  dim: int,
+  seed: int,
+  part: Any,
+  grid: Any,
+  gpu: bool = False,
 ) -> list[jax.Array]:
   """`count_rows` of whole leaves."""
   plans = [plan_of(piece.path, piece.hashes, piece.array.shape, dim, seed) for piece in pieces]
@@ -192,7 +211,7 @@ def strided_rows(
     term
     for piece, plan, group in zip(pieces, plans, groups, strict=True)
     if not is_small(piece, plan)
-    for term in _strided_terms(piece, plan, group, dim, part, grid)
+    for term in _strided_terms(piece, plan, group, dim, part, grid, gpu)
   ]
   some = pieces[0].array if pieces else grid
   zero = shared_zero_of(some[(0,) * some.ndim].astype(jnp.float32))
@@ -202,10 +221,15 @@ def strided_rows(
   rows = [jnp.zeros((2 * dim,), sum_dtype(part)) for _ in range(labels)]  # whatever is added lies in one piece
   wait: Any = np.uint32(0)
   first = 0
-  for wave in _waves(terms):
+  for wave in _waves(terms, gpu):
     add = functools.partial(_add_wave, wave, first, wait)
     stored = [term.sums(wait) for term in wave if any(term.shape)]
-    rows = lax.cond(apart, add, lambda rows, *_: rows, rows, places, stored) if stored else add(rows, places, stored)
+    if gpu:
+      rows = _add_wave_on_gpu(wave, wait, rows, stored)
+    elif stored:
+      rows = lax.cond(apart, add, lambda rows, *_: rows, rows, places, stored)
+    else:
+      rows = add(rows, places, stored)
     if wave:
       wait = shared_zero_of(rows[wave[-1].group].astype(jnp.float32))
     first += len(wave)

@@ -7,6 +7,7 @@ on every device, under every sharding, live or from a checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -93,9 +94,9 @@ def _count_rows(
   """
   grid = jnp.float32(1) if grid is None else grid
 
-  def strided(arrays: list[jax.Array], grid: Any) -> list[jax.Array]:
+  def strided(arrays: list[jax.Array], grid: Any, gpu: bool = False) -> list[jax.Array]:
     placed = [piece._replace(array=array) for piece, array in zip(pieces, arrays, strict=True)]
-    return strided_rows(placed, groups, labels, dim, seed, part, grid)
+    return strided_rows(placed, groups, labels, dim, seed, part, grid, gpu)
 
   def indexed(arrays: list[jax.Array], grid: Any) -> list[jax.Array]:
     terms: list[list[tuple[int, jax.Array]]] = [[] for _ in range(labels)]
@@ -107,7 +108,8 @@ def _count_rows(
   arrays = [piece.array for piece in pieces]
   if any(piece.start is not None or may_be_split(piece.array) for piece in pieces):
     return indexed(arrays, grid)
-  return lax.platform_dependent(arrays, grid, cpu=strided, cuda=strided, default=indexed)
+  on_gpu = functools.partial(strided, gpu=True)
+  return lax.platform_dependent(arrays, grid, cpu=strided, cuda=on_gpu, default=indexed)
 
 
 class Count(_Sketch):

@@ -9,7 +9,7 @@ import oracles
 import pytest
 
 import sedjax
-from sedjax import _gram, core
+from sedjax import _eigen, core
 
 
 def spectra(window):
@@ -117,7 +117,16 @@ def matrices(size):
 
 @pytest.mark.parametrize("size", [3, 4, 10, 33, 64, 100])
 def test_eigenvalues_and_leading_vector_of_gram_matrices(size):
-  solve = jax.jit(_gram.plain_eigh)
+  check_solver(_eigen.solve, size)
+
+
+@pytest.mark.parametrize("size", [3, 11, 33])
+def test_the_gpu_kernel_by_interpretation(size):
+  check_solver(lambda gram: [x[0] for x in _eigen.solve_in_kernel(gram[None], interpret=True)], size)
+
+
+def check_solver(solve, size):
+  solve = jax.jit(solve)
   for name, rows in matrices(size).items():
     gram = rows @ rows.T
     values, vector = (np.asarray(x, np.float64) for x in solve(jnp.asarray(gram, jnp.float32)))
@@ -129,6 +138,22 @@ def test_eigenvalues_and_leading_vector_of_gram_matrices(size):
     else:
       assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-6), name
       assert vector @ gram @ vector == pytest.approx(exact[-1], rel=2e-6), name
+
+
+def test_one_kernel_on_gpu_and_plain_operations_in_exports():
+  """As far as a machine without a GPU can tell: the kernel is lowered, once for all seeds, and exports have none."""
+  config = core.Config(10, sketch=sedjax.sketch.count(128))
+  params = {"w": jnp.ones((64, 8))}
+  observe = functools.partial(core.observe, config)
+  lowered = jax.jit(observe).trace(core.init(config, params), params).lower(lowering_platforms=("cuda",)).as_text()
+  assert lowered.count('name = "sedjax_eigen"') == 1
+  assert "cusolver" not in lowered
+  states, many = jax.tree.map(lambda x: jnp.stack([x] * 3), (core.init(config, params), params))
+  lowered = jax.jit(jax.vmap(observe)).trace(states, many).lower(lowering_platforms=("cuda",)).as_text()
+  assert lowered.count('name = "sedjax_eigen"') == 1
+  assert "grid_x = 3" in lowered
+  exported = jax.export.export(jax.jit(observe), platforms=["cuda"])(core.init(config, params), params)
+  assert "sedjax_eigen" not in exported.mlir_module()
 
 
 @pytest.mark.parametrize(("window", "library"), [(10, True), (64, False)])
