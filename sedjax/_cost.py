@@ -33,7 +33,7 @@ class Cost:
   Attributes:
     platform: "cpu", "gpu" or "tpu".
     update_bytes: bytes of the device's share of the updates (of the parameters, where those are read).
-    bytes_accessed: bytes that the compiler counts as read and written, in caches or memory.
+    bytes_accessed: bytes that the compiler counts as read and written, in caches or memory; None where it counts none.
     bytes_allowed: bytes that may be: 1.05 times the updates', and on a mesh four times the sketch of each leaf.
     temporaries: bytes of temporary arrays alive at once.
     state_bytes: bytes of the device's share of the tracker's state.
@@ -47,7 +47,7 @@ class Cost:
 
   platform: str
   update_bytes: int
-  bytes_accessed: float
+  bytes_accessed: float | None
   bytes_allowed: float
   temporaries: int
   state_bytes: int
@@ -62,8 +62,8 @@ class Cost:
     largest = max((numbers for _, numbers in self.collectives), default=0)
     total = sum(numbers for _, numbers in self.collectives)
     found = []
-    if self.platform == "tpu" and self.bytes_accessed > self.bytes_allowed:
-      found.append(f"It accesses {self.bytes_accessed / max(self.update_bytes, 1):.2f} times the bytes of the updates.")
+    if self.platform == "tpu" and (self.bytes_accessed or 0) > self.bytes_allowed:
+      found.append(f"It accesses {self._reads():.2f} times the bytes of the updates.")
     if self.temporaries > _TEMPORARIES:
       found.append(f"Its temporaries take {self.temporaries / _MIB:.1f} MiB, more than {_TEMPORARIES // _MIB}.")
     if self.state_bytes > self.state_limit:
@@ -76,6 +76,9 @@ class Cost:
       found.append(f"It calls the host: {', '.join(self.host_calls)}.")
     return tuple(found)
 
+  def _reads(self) -> float:
+    return (self.bytes_accessed or 0) / max(self.update_bytes, 1)
+
   def __str__(self) -> str:
     kinds = {kind: [n for k, n in self.collectives if k == kind] for kind, _ in self.collectives}
     moved = ", ".join(f"{len(n)} {kind} of {max(n)} numbers at most" for kind, n in kinds.items()) or "none"
@@ -84,7 +87,9 @@ class Cost:
     kept += ", and the updates are read about once." if self.platform == "tpu" else "; to know the time, measure it."
     lines = [
       f"On each {self.platform} device, one update of {self.update_bytes / _MIB:.1f} MiB:",
-      f"  accesses {self.bytes_accessed / max(self.update_bytes, 1):.3f} times its bytes, as the compiler counts",
+      "  bytes accessed: this compiler does not tell"
+      if self.bytes_accessed is None
+      else f"  accesses {self._reads():.3f} times its bytes, as the compiler counts",
       f"  temporaries {self.temporaries / _MIB:.2f} MiB, state {self.state_bytes / _MIB:.2f} MiB",
       f"  collectives: {moved}",
       *(self.broken() or (kept,)),
@@ -211,7 +216,7 @@ def _check(tx: Any, params: Any, mesh: Any, specs: Any) -> Cost:
   return Cost(
     platform=platform,
     update_bytes=_nbytes(params),
-    bytes_accessed=float(analysis.get("bytes accessed", 0)),
+    bytes_accessed=analysis.get("bytes accessed"),
     bytes_allowed=_READS * _nbytes(params) + passes,
     temporaries=int(memory.temp_size_in_bytes),
     state_bytes=_nbytes(state),

@@ -15,6 +15,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 
 from sedjax import _placement
 from sedjax._count import HASH_ROWS, Piece, Plan, flip, folded_sum, index_hash, mix, part_of, plan_of
+from sedjax._strided import aligned, block_sums
 
 # On CPU: numbers of a block that are signed at a time, since CPU contractions store their operands.
 _CHUNK = 2**20
@@ -173,7 +174,11 @@ def indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> tup
     def direct(array: jax.Array, start: Any, grid: Any) -> jax.Array:
       return _bucket_sums(piece._replace(array=array, start=start), plan, plan.buckets, part, grid)
 
-    sums = lax.platform_dependent(piece.array, piece.start, grid, cpu=chunked, default=direct)
+    def strided(array: jax.Array, start: Any, grid: Any) -> jax.Array:
+      return block_sums(piece._replace(array=array, start=start), plan, part, grid)
+
+    on_gpu = strided if jax.default_backend() == "gpu" and aligned(piece) else chunked
+    sums = lax.platform_dependent(piece.array, piece.start, grid, cpu=chunked, cuda=on_gpu, default=direct)
   return plan.offset, _placed_sums(piece, plan, sums).reshape(-1)
 
 

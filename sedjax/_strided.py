@@ -88,6 +88,27 @@ def chunk_sums(x: jax.Array, keys: Any, columns: Any, *, per_bucket: int) -> jax
   return lax.cond(apart, lambda sums: sums.reshape(shape).sum(1), lambda sums: sums[: shape[0]], sums)
 
 
+def aligned(piece: Piece) -> bool:
+  """Whether a block holds rows one after the other, and hashes and buckets of its own."""
+  shape = piece.array.shape
+  return shape[1:-1] == piece.shape[1:-1] and math.prod(shape[:-1]) % HASH_ROWS == 0 < piece.array.size
+
+
+def block_sums(piece: Piece, plan: Plan, part: int | None, grid: Any) -> jax.Array:
+  """float32[g, n]: the bucket sums of an `aligned` block on a GPU; blocks before it are as large as it is."""
+  x = piece.array.reshape(-1, piece.array.shape[-1])
+  first = jnp.asarray(piece.start[0], jnp.uint32) * np.uint32(math.prod(piece.shape[1:-1]))  # pyright: ignore
+  keys = index_hash(indices(x.shape[0] // HASH_ROWS) + first // HASH_ROWS, ~plan.key)
+  columns = index_hash(piece.column_index(), plan.key)
+  count = x.shape[0] // plan.per_bucket
+  sums = _strided_sums(x, keys, columns, grid, row=0, count=count, stride=plan.per_bucket, part=part)
+  sums = lax.optimization_barrier(sums)  # else they are made anew, by few threads, wherever they are used
+  flat = folded_sum(sums.reshape(-1), plan.buckets * x.shape[1])
+  flat = jnp.pad(flat, (0, plan.buckets * x.shape[1] - flat.size))
+  bucket = first // np.uint32(plan.per_bucket) % np.uint32(plan.buckets)
+  return lax.optimization_barrier(jnp.roll(flat.reshape(plan.buckets, -1), bucket.astype(jnp.int32), 0))
+
+
 @functools.partial(jax.jit, static_argnames="part")
 def _signed(x: jax.Array, bits: Any, grid: Any, *, part: int | None) -> jax.Array:
   return flip(part_of(x, part, grid), bits)

@@ -108,7 +108,8 @@ def _count_rows(
   arrays = [piece.array for piece in pieces]
   if any(piece.start is not None or may_be_split(piece.array) for piece in pieces):
     return indexed(arrays, grid)
-  on_gpu = functools.partial(strided, gpu=True)
+  # Without a GPU, what is exported for one has the form for CPUs, so that only one is traced.
+  on_gpu = functools.partial(strided, gpu=True) if jax.default_backend() == "gpu" else strided
   return lax.platform_dependent(arrays, grid, cpu=strided, cuda=on_gpu, default=indexed)
 
 

@@ -124,9 +124,9 @@ def test_golden_values_of_count(case, checksum):
   assert zlib.crc32(np.asarray(row).astype("<i4").tobytes()) == checksum
 
 
-def strided(path, x, dim):
+def strided(path, x, dim, gpu=False):
   """The form of one CPU or GPU."""
-  return strided_rows([Piece(path, x)], [0], 1, dim, 0, None, jnp.float32(1))[0]
+  return strided_rows([Piece(path, x)], [0], 1, dim, 0, None, jnp.float32(1), gpu)[0]
 
 
 def indexed(pieces, dim):
@@ -154,7 +154,7 @@ def all_forms(shape, dim, x):
   axes = {"leading": (0,), "trailing": (len(shape) - 1,), "every": tuple(range(len(shape)))}
   rows = {"indexed": indexed([Piece("w", x)], dim)}
   rows |= {f"blocks of {name} axis": indexed(list(blocks("w", x, axes[name])), dim) for name in axes}
-  return rows | {"strided": strided("w", x, dim)}
+  return rows | {"strided": strided("w", x, dim), "strided on GPU": strided("w", x, dim, gpu=True)}
 
 
 def assert_all_equal(rows):
@@ -185,6 +185,38 @@ def test_all_forms_of_count_agree_when_they_work_in_small_parts(shape, monkeypat
   rows = jax.jit(functools.partial(all_forms, shape, 1024))(x.astype(jnp.bfloat16))
   monkeypatch.undo()
   assert_all_equal(rows | {"indexed": indexed([Piece("w", x)], 1024)})
+
+
+@pytest.mark.parametrize(
+  ("shape", "split", "dim"),
+  [
+    ((768, 96), (8, 1), 16384),
+    ((5088, 24), (3, 2), 1024),
+    ((256, 3072), (1, 8), 16384),
+    ((64, 4, 8, 20), (4, 1, 1, 2), 500),
+    ((256, 5000), (2, 2), 4096),
+    ((128, 6), (4, 1), 100000),
+  ],
+  ids=str,
+)
+def test_blocks_of_whole_hashes_agree_bit_for_bit(shape, split, dim):
+  """In the form that a GPU takes for such blocks, and no others."""
+  plan = _count.plan_of("w", None, shape, dim, 0)
+  x = integers(shape)
+  size = tuple(n // parts for n, parts in zip(shape, split, strict=True))
+  for place in np.ndindex(*split):
+    start = tuple(i * n for i, n in zip(place, size, strict=True))
+    block = Piece("w", jax.lax.dynamic_slice(x, start, size), start, shape)
+    assert _strided.aligned(block)
+    expected = _indexed._bucket_sums(block, plan, plan.buckets, None, jnp.float32(1))
+    np.testing.assert_array_equal(_strided.block_sums(block, plan, None, jnp.float32(1)), expected)
+
+
+@pytest.mark.parametrize(
+  ("block", "shape"), [((40, 8), (80, 8)), ((32, 2, 8), (32, 4, 8)), ((8,), (16,)), ((0, 8), (32, 8))], ids=str
+)
+def test_blocks_that_share_a_hash_with_others_are_not_aligned(block, shape):
+  assert not _strided.aligned(Piece("w", jnp.zeros(block), (0,) * len(shape), shape))
 
 
 def test_small_leaves_are_added_as_one(monkeypatch):
