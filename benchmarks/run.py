@@ -408,8 +408,7 @@ def by_svd(rows: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def by_eigh(rows: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
   del rows
-  values, vectors = jnp.linalg.eigh(gram)
-  return values, vectors[..., -1]
+  return _eigen.by_library(gram)
 
 
 def by_jacobi(rows: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:

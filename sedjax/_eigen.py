@@ -8,6 +8,8 @@ the device several times in between. `solve` is in plain operations: XLA compile
 from __future__ import annotations
 
 import functools
+import importlib.util
+import warnings
 from typing import Any
 
 import jax
@@ -115,8 +117,10 @@ def solve(matrix: jax.Array, size: int | None = None) -> tuple[jax.Array, jax.Ar
   return _tridiagonal_values(_tridiagonal(matrix, size), size), _leading_vector(matrix)
 
 
-def _solve_all(grams: jax.Array) -> tuple[jax.Array, jax.Array]:
-  return jax.vmap(solve)(grams)
+def by_library(grams: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The same of float32[batch, n, n] by JAX's `eigh`."""
+  values, vectors = jnp.linalg.eigh(grams)
+  return values, vectors[..., -1]
 
 
 def solve_in_kernel(grams: jax.Array, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -146,6 +150,11 @@ def solve_in_kernel(grams: jax.Array, interpret: bool = False) -> tuple[jax.Arra
   return values[:, :size], vector[:, :size]
 
 
+def _has_kernels() -> bool:
+  """Whether this JAX compiles kernels by Triton, which it is to give up."""
+  return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+
+
 @functools.cache
 def _primitive() -> Any:
   """`solve` of a batch, whose form is chosen when it is lowered for a GPU."""
@@ -168,8 +177,11 @@ def _primitive() -> Any:
   def lowered(context: Any, grams: Any) -> Any:
     # jax.export promises nothing for kernels, and no partitioner knows them.
     devices = getattr(context.module_context.axis_context, "num_devices", 1)
-    plain = context.module_context.lowering_parameters.for_export or devices not in (None, 1)
-    return mlir.lower_fun(_solve_all if plain else solve_in_kernel, multiple_results=True)(context, grams)
+    alone = devices in (None, 1) and not context.module_context.lowering_parameters.for_export
+    form = solve_in_kernel if alone and _has_kernels() else by_library
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", DeprecationWarning)  # of Triton, see `_has_kernels`
+      return mlir.lower_fun(form, multiple_results=True)(context, grams)
 
   primitive.def_abstract_eval(results)
   batching.primitive_batchers[primitive] = batched
@@ -178,6 +190,6 @@ def _primitive() -> Any:
 
 
 def solve_on_gpu(grams: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """`solve` of float32[batch, n, n], for GPUs of NVIDIA's only."""
+  """`solve` of float32[batch, n, n] in a kernel for one GPU of NVIDIA's; in programs for several, by the library."""
   values, vectors = _primitive().bind(lax.stop_gradient(grams))
   return values, vectors

@@ -163,17 +163,11 @@ def _precise_eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
   return values[order] * scale, vectors[:, order[-1]]
 
 
-def _library_eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
-  values, vectors = jnp.linalg.eigh(gram)
-  return values, vectors[..., -1]
-
-
 def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Eigenvalues (ascending) and leading eigenvector of float32[G, n, n], by the library where that is faster."""
-  own = jax.vmap(_eigen.solve)
-  on_gpu = _eigen.solve_on_gpu if _placement.mesh_of(gram).empty else own
-  on_cpu = _library_eigh if gram.shape[-1] < _THREADED else own
-  return jax.lax.platform_dependent(gram, cpu=on_cpu, cuda=on_gpu, default=_library_eigh)
+  on_cpu = _eigen.by_library if gram.shape[-1] < _THREADED else jax.vmap(_eigen.solve)
+  on_gpu = _eigen.solve_on_gpu if _placement.mesh_of(gram).empty else _eigen.by_library
+  return jax.lax.platform_dependent(gram, cpu=on_cpu, cuda=on_gpu, default=_eigen.by_library)
 
 
 def descending_spectrum(gram: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,7 @@
 """Exact reports against the float64 oracle, on prescribed spectra."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ def check_solver(solve, size):
       assert vector @ gram @ vector == pytest.approx(exact[-1], rel=2e-6), name
 
 
-def test_one_kernel_on_gpu_and_plain_operations_in_exports():
+def test_one_kernel_on_gpu_and_the_library_in_exports():
   """As far as a machine without a GPU can tell: the kernel is lowered, once for all seeds, and exports have none."""
   config = core.Config(10, sketch=sedjax.sketch.count(128))
   params = {"w": jnp.ones((64, 8))}
@@ -154,6 +155,16 @@ def test_one_kernel_on_gpu_and_plain_operations_in_exports():
   assert "grid_x = 3" in lowered
   exported = jax.export.export(jax.jit(observe), platforms=["cuda"])(core.init(config, params), params)
   assert "sedjax_eigen" not in exported.mlir_module()
+  assert "cusolver" in exported.mlir_module()
+
+
+def test_the_library_solves_where_jax_has_no_kernels(monkeypatch):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.endswith("triton") else find(name))
+  gram = jnp.eye(5)[None]
+  lowered = jax.jit(_eigen.solve_on_gpu).trace(gram).lower(lowering_platforms=("cuda",)).as_text()
+  assert "cusolver" in lowered
+  assert "triton" not in lowered
 
 
 @pytest.mark.parametrize(("window", "library"), [(10, True), (64, False)])
