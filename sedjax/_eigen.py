@@ -19,38 +19,39 @@ from jax import lax
 
 # Nothing beside the largest entry of a Gram matrix of scaled rows, which is 1 or more.
 _TINY = np.float32(1e-30)
-# Least side of a matrix that a GPU's matrix units multiply.
-_SIDE = 16
+# Least side of a matrix that a GPU's matrix units multiply, and the largest that its registers hold a few of.
+_SIDE, _LARGEST = 16, 128
 
 
 def _index(size: int) -> jax.Array:
   return lax.broadcasted_iota(jnp.int32, (size,), 0)
 
 
-def _at(x: jax.Array, i: Any) -> jax.Array:
-  """x[i] of a vector; a kernel has no other way to it."""
-  return jnp.sum(jnp.where(_index(x.shape[0]) == i, x, 0))
+def _at(x: jax.Array, i: Any, kernel: bool) -> jax.Array:
+  """x[i] of a matrix or vector; a kernel adds up its rows with zeros for the others, having no other way to it."""
+  if kernel:
+    return jnp.sum(jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) == i, x, 0), 0)
+  return lax.dynamic_index_in_dim(x, i, keepdims=False)
 
 
-def _tridiagonal(matrix: jax.Array, size: int) -> jax.Array:
+def _tridiagonal(matrix: jax.Array, size: int, kernel: bool) -> jax.Array:
   """A tridiagonal matrix with the eigenvalues of a symmetric one, of which the first `size` rows are not zero."""
   index = _index(matrix.shape[0])
-  rows = lax.broadcasted_iota(jnp.int32, matrix.shape, 0)
 
   def reflect(k: Any, a: jax.Array) -> jax.Array:
-    below = jnp.where(index > k, jnp.sum(jnp.where(rows == k, a, 0), 0), 0)
+    below = jnp.where(index > k, _at(a, k, kernel), 0)
     length = jnp.sqrt(jnp.sum(below * below))
-    v = below + jnp.where(index == k + 1, jnp.where(_at(below, k + 1) < 0, -length, length), 0)
+    v = below + jnp.where(index == k + 1, jnp.where(_at(below, k + 1, kernel) < 0, -length, length), 0)
     energy = jnp.sum(v * v)
     factor = jnp.where(energy > _TINY, 2 / jnp.maximum(energy, _TINY), 0)
-    image = factor * jnp.sum(a * v[:, None], 0)
+    image = factor * (jnp.sum(a * v[:, None], 0) if kernel else jnp.sum(a * v[None, :], 1))  # whichever is faster
     image = image - (factor / 2 * jnp.sum(image * v)) * v
     return a - v[:, None] * image[None, :] - image[:, None] * v[None, :]
 
   return lax.fori_loop(0, size - 2, reflect, matrix)
 
 
-def _tridiagonal_values(matrix: jax.Array, size: int) -> jax.Array:
+def _tridiagonal_values(matrix: jax.Array, size: int, kernel: bool) -> jax.Array:
   """Its eigenvalues, ascending, by the signs of Sturm's sequence at 15 places at once for each, seven times over."""
   rows, columns = (lax.broadcasted_iota(jnp.int32, matrix.shape, axis) for axis in (0, 1))
   diagonal = jnp.sum(jnp.where(rows == columns, matrix, 0), 0)
@@ -69,13 +70,19 @@ def _tridiagonal_values(matrix: jax.Array, size: int) -> jax.Array:
     return jnp.where(jnp.abs(q) < tiny, -tiny, q)
 
   def count_below(x: jax.Array) -> jax.Array:
-    def step(i: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def step(carry: tuple[jax.Array, jax.Array], entry: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
       q, count = carry
-      q = away(_at(diagonal, i) - x - _at(squares, i) / q)
-      return q, count + (q < 0).astype(jnp.int32)
+      q = away(entry[0] - x - entry[1] / q)
+      return (q, count + (q < 0).astype(jnp.int32)), None
 
-    first = away(_at(diagonal, 0) - x)
-    return lax.fori_loop(1, size, step, (first, (first < 0).astype(jnp.int32)))[1]
+    def step_in_kernel(i: Any, carry: Any) -> Any:
+      return step(carry, (_at(diagonal, i, kernel), _at(squares, i, kernel)))[0]
+
+    first = away(_at(diagonal, 0, kernel) - x)
+    start = first, (first < 0).astype(jnp.int32)
+    if kernel:
+      return lax.fori_loop(1, size, step_in_kernel, start)[1]
+    return lax.scan(step, start, (diagonal[1:], squares[1:]), unroll=32)[0][1]
 
   shape = matrix.shape[0], 16
   place = _index(matrix.shape[0])[:, None]
@@ -107,14 +114,14 @@ def _leading_vector(matrix: jax.Array) -> jax.Array:
   return vector / jnp.where(norm > 0, norm, 1)
 
 
-def solve(matrix: jax.Array, size: int | None = None) -> tuple[jax.Array, jax.Array]:
+def solve(matrix: jax.Array, size: int | None = None, kernel: bool = False) -> tuple[jax.Array, jax.Array]:
   """Eigenvalues (ascending) [n], and the leading eigenvector [n], of a float32 Gram matrix of scaled rows.
 
   Where only the first `size` of n rows and columns are given, the others being zero, the first `size` eigenvalues are
-  theirs, and the others mean nothing.
+  theirs, and the others mean nothing. In a `kernel` it does without what Triton does not know.
   """
   size = matrix.shape[0] if size is None else size
-  return _tridiagonal_values(_tridiagonal(matrix, size), size), _leading_vector(matrix)
+  return _tridiagonal_values(_tridiagonal(matrix, size, kernel), size, kernel), _leading_vector(matrix)
 
 
 def by_library(grams: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -132,7 +139,7 @@ def solve_in_kernel(grams: jax.Array, interpret: bool = False) -> tuple[jax.Arra
   side = max(_SIDE, 2 ** (size - 1).bit_length())
 
   def kernel(gram: Any, values: Any, vector: Any) -> None:
-    values[...], vector[...] = solve(gram[...], size)
+    values[...], vector[...] = solve(gram[...], size, kernel=True)
 
   def block(*shape: int) -> Any:
     return pallas.BlockSpec((None, *shape), lambda i: (i, *(0 for _ in shape)))
@@ -178,11 +185,13 @@ def _primitive() -> Any:
     # jax.export promises nothing for kernels, and no partitioner knows them.
     devices = getattr(context.module_context.axis_context, "num_devices", 1)
     alone = devices in (None, 1) and not context.module_context.lowering_parameters.for_export
-    form = solve_in_kernel if alone and _has_kernels() else by_library
+    fits = alone and context.avals_in[0].shape[-1] <= _LARGEST and _has_kernels()
+    form = solve_in_kernel if fits else by_library
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", DeprecationWarning)  # of Triton, see `_has_kernels`
       return mlir.lower_fun(form, multiple_results=True)(context, grams)
 
+  primitive.def_impl(by_library)  # where jit is disabled
   primitive.def_abstract_eval(results)
   batching.primitive_batchers[primitive] = batched
   mlir.register_lowering(primitive, lowered, platform="cuda")

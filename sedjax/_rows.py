@@ -111,7 +111,7 @@ def zero_rows(config: Config, layout: Layout, params: Any, lead: int) -> Any:
   return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def _peak(leaves: Any) -> jax.Array:
+def _peak(leaves: Any, nan: bool = True) -> jax.Array:
   # Small leaves as one, unless they may lie on several devices.
   alone, together = [], []
   for leaf in leaves:
@@ -121,8 +121,9 @@ def _peak(leaves: Any) -> jax.Array:
       alone.append(leaf)
   arrays = [*alone, jnp.concatenate(together)] if together else alone
   sizes = [jnp.abs(array).astype(jnp.float32) for array in arrays]
-  # XLA's maximum on CPU leaves NaN out where numbers are many.
-  peaks = [jnp.max(jnp.where(jnp.isnan(size), jnp.inf, size), initial=0) for size in sizes]
+  if nan:  # XLA's maximum on CPU leaves NaN out where numbers are many, and for this stores them all again
+    sizes = [jnp.where(jnp.isnan(size), jnp.inf, size) for size in sizes]
+  peaks = [jnp.max(size, initial=0) for size in sizes]
   if len(peaks) <= 1:
     return peaks[0] if peaks else jnp.float32(0)
   # A sort is not computed again in each kernel that needs the result, as a chain of maxima would be.
@@ -136,11 +137,11 @@ def largest(config: Config, layout: Layout, row: Any) -> jax.Array:
   return largest_leaf(layout, jax.tree.leaves(row))
 
 
-def largest_leaf(layout: Layout, leaves: list[Any]) -> jax.Array:
-  """float32[]: the largest magnitude in tracked leaves; infinite where one holds NaN."""
+def largest_leaf(layout: Layout, leaves: list[Any], nan: bool = True) -> jax.Array:
+  """float32[]: the largest magnitude in tracked leaves; infinite where one holds NaN, if `nan` says so."""
 
   def local(blocks: list[jax.Array]) -> jax.Array:
-    return _placement.pmax(_peak([sketch.as_real(block) for block in blocks]), layout.axes)
+    return _placement.pmax(_peak([sketch.as_real(block) for block in blocks], nan), layout.axes)
 
   return _locally(layout, local, [[leaves[i] for i in _tracked(layout)]])
 
@@ -162,7 +163,8 @@ def read_parameters(config: Config, layout: Layout, rows: Any, base: Any) -> tup
     return jax.tree.map(lambda new: new[None], now), row, small if doubles else jnp.array(False)
   # The coarse parts of the parameters are multiples of one power of two, so that float32 sums of thousands of them are
   # exact and differences of two sketches lose nothing; the fine parts are 2⁻¹⁷ of the largest parameter at most.
-  grid = _gram.power_of_two(largest_leaf(layout, list(layout.leaves))) * np.float32(2.0**-16)
+  # Where they hold NaN so do the sketches, whatever the grid.
+  grid = _gram.power_of_two(largest_leaf(layout, list(layout.leaves), nan=False)) * np.float32(2.0**-16)
   grid = jnp.where(grid > 0, grid, 1)
   coarse = _sketch_row(config, layout, 0, grid)
   fine = _sketch_row(config, layout, 1, later_than(grid, coarse))  # one after the other takes half the memory

@@ -11,7 +11,7 @@ import oracles
 import pytest
 
 import sedjax
-from sedjax import Phase, Status
+from sedjax import Phase, Status, core
 
 SHAPE = (11, 7)
 EXACT, COUNT = sedjax.sketch.exact(), sedjax.sketch.count(512)
@@ -209,6 +209,17 @@ def test_temporaries_grow_neither_with_leaves_nor_with_groups(monkeypatch):
   update = jax.jit(lambda u, s: tx.update(u, s)[1], donate_argnums=1, **oracles.AS_USERS_COMPILE)
   memory = update.lower(params, jax.eval_shape(tx.init, params)).compile().memory_analysis()
   assert memory.temp_size_in_bytes <= 6 * 2**20
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reading_parameters_stores_none_of_them(monkeypatch, dtype):
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  params = {f"layer{i}": jax.ShapeDtypeStruct((4096, 1024), dtype) for i in range(4)}
+  config = core.Config(10, source="params", every=20)
+  state = jax.eval_shape(functools.partial(core.init, config), params)
+  observe = jax.jit(lambda state, params: core.observe(config, state, None, params), donate_argnums=0)
+  compiled = observe.lower(state, params).compile(**oracles.AS_USERS_COMPILE)
+  assert compiled.memory_analysis().temp_size_in_bytes <= 16 * 2**20
 
 
 @pytest.mark.parametrize("source", ["updates", "params"])

@@ -158,13 +158,22 @@ def test_one_kernel_on_gpu_and_the_library_in_exports():
   assert "cusolver" in exported.mlir_module()
 
 
-def test_the_library_solves_where_jax_has_no_kernels(monkeypatch):
+@pytest.mark.parametrize(("size", "kernels"), [(5, False), (129, True)])
+def test_the_library_solves_large_problems_and_where_jax_has_no_kernels(monkeypatch, size, kernels):
   find = importlib.util.find_spec
-  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.endswith("triton") else find(name))
-  gram = jnp.eye(5)[None]
-  lowered = jax.jit(_eigen.solve_on_gpu).trace(gram).lower(lowering_platforms=("cuda",)).as_text()
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: find(name) if kernels else None)
+  lowered = jax.jit(_eigen.solve_on_gpu).trace(jnp.eye(size)[None]).lower(lowering_platforms=("cuda",)).as_text()
   assert "cusolver" in lowered
   assert "triton" not in lowered
+
+
+def test_the_form_for_gpus_with_jit_disabled_and_in_derivatives():
+  """Reports are constants to whoever differentiates through a step."""
+  with jax.disable_jit():
+    values, _ = _eigen.solve_on_gpu(jnp.eye(3)[None] * 4)
+  np.testing.assert_allclose(values[0], [4, 4, 4])
+  _, tangent = jax.eval_shape(lambda x: jax.jvp(lambda g: _eigen.solve_on_gpu(g)[0], (x,), (x,)), jnp.eye(3)[None])
+  assert tangent.shape == (1, 3)
 
 
 @pytest.mark.parametrize(("window", "library"), [(10, True), (64, False)])
