@@ -211,7 +211,10 @@ def test_temporaries_grow_neither_with_leaves_nor_with_groups(monkeypatch):
   assert memory.temp_size_in_bytes <= 6 * 2**20
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  "dtype",
+  ["float32", pytest.param("bfloat16", marks=pytest.mark.xfail(strict=True, reason="XLA stores them in float32"))],
+)
 def test_reading_parameters_stores_none_of_them(monkeypatch, dtype):
   monkeypatch.setattr(jax, "device_count", lambda: 1)
   params = {f"layer{i}": jax.ShapeDtypeStruct((4096, 1024), dtype) for i in range(4)}
