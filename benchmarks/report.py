@@ -148,7 +148,7 @@ def show_step(section: Section) -> str:
     share = f"{percent(line['overhead'])} ± {percent(line['overhead_standard_error'])}"
     without = duration(line["without"]["median_s"])
     alone = line["alone"]["median_s"]
-    names = [f"`{line['tree']}`, {line['dtype']}, {batch}", without, adds, share, str(line["rounds"])]
+    names = [f"`{line['tree']}`, {line.get('dtype', 'float32')}, {batch}", without, adds, share, str(line["rounds"])]
     rows.append([*names, duration(alone), percent(alone / line["without"]["median_s"])])
   return (
     "Training steps (AdamW) with and without the tracker, mean difference ± its standard error, and `observe` by "
