@@ -97,7 +97,7 @@ def aligned(piece: Piece) -> bool:
 def block_sums(piece: Piece, plan: Plan, part: int | None, grid: Any) -> jax.Array:
   """float32[g, n]: the bucket sums of an `aligned` block on a GPU; blocks before it are as large as it is."""
   x = piece.array.reshape(-1, piece.array.shape[-1])
-  first = jnp.asarray(piece.start[0], jnp.uint32) * np.uint32(math.prod(piece.shape[1:-1]))  # pyright: ignore
+  first = jnp.ravel(piece.row_index())[0]
   keys = index_hash(indices(x.shape[0] // HASH_ROWS) + first // HASH_ROWS, ~plan.key)
   columns = index_hash(piece.column_index(), plan.key)
   count = x.shape[0] // plan.per_bucket
@@ -121,11 +121,16 @@ def _last_rows(x: jax.Array, row: int, keys: Any, columns: Any, part: Any, grid:
   return flip(part_of(x[row:], part, grid), bits).sum(0, keepdims=True)
 
 
+def _folded(sums: jax.Array, buckets: int, dim: int) -> jax.Array:
+  """float32[at most dim]: rows of sums, which begin anew after so many buckets, around a sketch as often as need be."""
+  return folded_sum(folded_sum(sums.reshape(-1), buckets * sums.shape[1]), dim)
+
+
 @functools.partial(jax.jit, static_argnames=("parts", "buckets"))
 def _added(row: jax.Array, sums: jax.Array, place: Any, *, parts: int, buckets: int) -> jax.Array:
   """`row`, in two laps, with the sums of a `_Term` added."""
   sums = functools.reduce(jnp.add, (sums[i::parts] for i in range(parts)))  # XLA hands a sum to a library
-  flat = folded_sum(folded_sum(sums.reshape(-1), buckets * sums.shape[1]), row.size // 2)
+  flat = _folded(sums, buckets, row.size // 2)
   return lax.dynamic_update_slice(row, lax.dynamic_slice(row, (place,), flat.shape) + flat, (place,))
 
 
@@ -210,7 +215,7 @@ def _add_wave_on_gpu(wave: list[_Term], wait: Any, rows: list[jax.Array], stored
   for term in wave:
     sums = next(left) if any(term.shape) else term.sums(wait)
     row = rows[term.group]
-    flat = folded_sum(folded_sum(sums.reshape(-1), term.buckets * sums.shape[1]), row.size // 2)
+    flat = _folded(sums, term.buckets, row.size // 2)
     after = row.size - term.place - flat.size
     rows[term.group] = row + lax.pad(flat, flat.dtype.type(0), ((term.place, after, 0),))
   return lax.optimization_barrier(rows)
