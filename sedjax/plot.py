@@ -6,7 +6,8 @@ than the axes have pixels is thinned to the least and the greatest value in each
 differ in lightness, and line styles, markers and hatching say the same again.
 
 Arguments that all share:
-  record: the record.
+  record: the record, or a part of it that was selected by xarray; of a dimension where one entry was selected, that one
+    is drawn.
   ax: matplotlib axes to draw on; None makes a new figure.
   seed, window, group: labels as in the record. Default: the largest window of the whole model; of the seeds, the first,
     or all where the docstring says so.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sedjax._dataset import FIELDS, WHOLE
+from sedjax._dataset import DIMS, FIELDS, WHOLE
 from sedjax._spectrum import LOW_DIM
 from sedjax._types import Phase
 
@@ -54,7 +55,7 @@ def singular_values(
     The axes.
 
   Raises:
-    ValueError: the record has no such seed, window, group or field.
+    ValueError: the record has no such seed, window, group or field, or no rows.
     ImportError: matplotlib is missing.
 
   Cost: reads one window's singular values and phases: 4·W + 4 bytes a row.
@@ -203,12 +204,13 @@ def groups(record: xr.Dataset, *, ax: Any = None, seed: Any = None, window: int 
   Cost: reads three fields of one seed and window: 12 bytes a row and group.
   """
   ax = _axes(ax)
-  names = [str(name) for name in record.group.values]
+  fields = _fields(record)
+  names = [str(name) for name in fields.group.values]
   margins = []
-  for name in record.group.values:
-    chosen = _choose(record, seed, window, name, one_seed=True)
+  for name in fields.group.values:
+    chosen = _choose(fields, seed, window, name, one_seed=True)
     margins.append(_margin(chosen)[:, 0])
-  _heat(ax, record.step.values, np.stack(margins, 1), np.arange(len(names) + 1) - 0.5,
+  _heat(ax, fields.step.values, np.stack(margins, 1), np.arange(len(names) + 1) - 0.5,
         "gap ratio / ratio that noise seldom exceeds")  # fmt: skip
   ax.set_yticks(
     range(len(names)),
@@ -365,11 +367,32 @@ def _place(record: xr.Dataset, dim: str, label: Any) -> int:
   return labels.index(label)
 
 
+def _fields(record: xr.Dataset) -> xr.Dataset:
+  """The record's fields on all of its dimensions, also on those along which one entry was selected.
+
+  Raises:
+    ValueError: it has no rows.
+  """
+  found = record[[name for name in FIELDS if name in record.variables]]
+  for dim in DIMS:
+    if dim in found.dims:
+      continue
+    if dim not in found.coords:  # selected with `drop=True`
+      found = found.assign_coords({dim: {"group": WHOLE, "window": found.sizes.get("index", 1)}.get(dim, 0)})
+    found = found.expand_dims(dim)
+  if not found.sizes["step"]:
+    raise ValueError("sedjax.plot: the record has no rows to draw; select at least one step.")
+  return found
+
+
 def _choose(record: xr.Dataset, seed: Any, window: int | None, group: Any, one_seed: bool = False) -> xr.Dataset:
   """One window of one group, of one seed or all; nothing is read yet."""
+  record = _fields(record)
   seeds = [0] if one_seed and seed is None else _places(record, seed)
   at = int(np.argmax(record.window.values)) if window is None else _place(record, "window", window)
-  return record.isel(seed=seeds, window=[at], group=[_place(record, "group", group)])
+  # A group that was selected before is the one that is meant.
+  place = 0 if group == WHOLE and record.sizes["group"] == 1 else _place(record, "group", group)
+  return record.isel(seed=seeds, window=[at], group=[place])
 
 
 def _read(chosen: xr.Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -150,6 +150,29 @@ def test_corner_cases(record, name, case):
   ax.figure.savefig("/dev/null", format="png")
 
 
+def drawn(ax):
+  """All numbers of the lines, images and shades of a picture."""
+  meshes = [part.get_array() for part in ax.collections if isinstance(part, matplotlib.collections.QuadMesh)]
+  lines = [np.asarray(line.get_xydata(), float) for line in ax.lines]
+  return [line for line in lines if np.isfinite(line).all(1).any()] + [np.ma.filled(mesh, np.nan) for mesh in meshes]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_what_was_selected_by_xarray_is_drawn(record, name):
+  expected = drawn(PICTURES[name](record.isel(seed=[1], window=[0], group=[1]), ax=axes(), window=5, seed=8))
+  assert any(values.size > 100 for values in expected)
+  for part in (
+    record.isel(seed=1, window=0, group=1),
+    record.isel(seed=1).sel(window=5).isel(group=[1]),
+    record.isel(window=0, group=1).sel(seed=[8]),
+  ):
+    for one, two in zip(expected, drawn(PICTURES[name](part, ax=axes())), strict=True):
+      np.testing.assert_array_equal(one, two)
+  dropped = PICTURES[name](record.isel(seed=1, window=0, group=1, drop=True), ax=axes())
+  assert len(drawn(dropped)) == len(expected)
+  PICTURES[name](record.isel(step=100), ax=axes())
+
+
 def test_series_and_events(record):
   assert plot.series_names(record) == ["loss", "accuracy"]
   assert plot.events_of(record) == [(1000, "data shift"), (2600, "learning rate halved")]
@@ -193,6 +216,7 @@ def test_series_as_large_as_float64_has(record):
     (lambda r: plot.fidelity(r, group="tail"), "no group 'tail'"),
     (lambda r: plot.series(r, "nothing"), "no series 'nothing'"),
     (lambda r: plot.ratios(r.drop_vars("ratios")), "no field 'ratios'"),
+    *((lambda r, draw=draw: draw(r.isel(step=[])), "the record has no rows") for draw in PICTURES.values()),
   ],
 )
 def test_what_is_not_there_is_named(record, call, words):
