@@ -80,6 +80,10 @@ class _Joined(BackendArray):
   def __getitem__(self, key: Any) -> Any:
     return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._get)
 
+  def __reduce__(self) -> tuple[Any, ...]:
+    """What is pickled or deeply copied is in memory."""
+    return indexing.NumpyIndexingAdapter, (self._get((slice(None),) * len(self.shape)),)
+
   def _get(self, key: tuple[Any, ...]) -> np.ndarray:
     at, *others = (np.atleast_1d(np.arange(size)[k]) for size, k in zip(self.shape, key, strict=True))
     boxes = [_box(wanted) for wanted in others]
@@ -166,12 +170,7 @@ def parts_of(old: xr.Dataset, contents: Contents) -> Parts:
     if new:
       steps = np.concatenate([steps, np.asarray([step for step, _ in new], np.int64)])
       added = _over_seeds([value for _, value in new])
-      if values is None or not len(values):
-        values = added
-      elif values.ndim == added.ndim:
-        values = np.concatenate([values, added])
-      else:
-        values = _over_seeds([*values.tolist(), *added.tolist()])
+      values = added if values is None else _appended(values, added)
     assert values is not None
     series[name] = (steps, values)
   events: list[tuple[int, str]] = []
@@ -191,6 +190,13 @@ def _over_seeds(values: list[Any]) -> np.ndarray:
   return np.asarray([np.broadcast_to(value, (seeds,)) if seeds else value for value in values], np.float64)
 
 
+def _appended(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+  """One after the other; where either is over seeds, both are."""
+  seeds = max((*old.shape[1:], *new.shape[1:]), default=0)
+  parts = (x if x.ndim == 2 or not seeds else np.broadcast_to(x[:, None], (len(x), seeds)) for x in (old, new))
+  return np.concatenate(list(parts))
+
+
 def _series_variables(name: str, steps: np.ndarray, values: np.ndarray) -> dict[str, xr.Variable]:
   dims = (f"{name}_step", "seed")[: values.ndim]
   return {
@@ -208,6 +214,20 @@ def _added_variables(parts: Parts) -> dict[str, xr.Variable]:
     steps = np.asarray([step for step, _ in parts.events], np.int64)
     added |= _series_variables("event", steps, np.asarray([text for _, text in parts.events], object))
   return added
+
+
+class Closing:
+  """Closes files when it is called."""
+
+  def __init__(self, *files: Any):
+    self._files = files
+
+  def __call__(self) -> None:
+    for file in self._files:
+      file.close()
+
+  def __reduce__(self) -> tuple[Any, ...]:
+    return Closing, ()  # a copy has no files
 
 
 def joined(stored: Stored | None, empty: xr.Dataset, contents: Contents, rows: Rows) -> xr.Dataset:
@@ -252,6 +272,8 @@ def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None
     else:
       parts = parts_of(empty, contents)
       write_new(partial, empty)
+    with h5py.File(partial, "r+") as file:
+      _remove_narrow(file, parts)
     with h5netcdf.File(partial, "r+") as file:
       _extend(file, parts, rows)
     with h5py.File(partial, "r+") as file:
@@ -281,6 +303,14 @@ def write_new(path: Path, record: xr.Dataset) -> None:
     if variable.dims and variable.dims[0] in growing[1:]:
       encoding[str(name)] = {"chunksizes": (LONGEST_CHUNK, *variable.shape[1:]), "_FillValue": None}
   record.to_netcdf(path, engine="h5netcdf", encoding=encoding, unlimited_dims=growing)
+
+
+def _remove_narrow(file: h5py.File, parts: Parts) -> None:
+  """Removes series that were numbers and are over seeds from now on: variables of a file cannot have one more axis."""
+  for name, (_, values) in parts.series.items():
+    if name in file and file[name].ndim < values.ndim:  # pyright: ignore[reportAttributeAccessIssue]
+      file[name].dims[0].detach_scale(file[f"{name}_step"])  # pyright: ignore[reportAttributeAccessIssue]
+      del file[name]
 
 
 def _extend(file: Any, parts: Parts, rows: Rows) -> None:

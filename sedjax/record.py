@@ -482,6 +482,7 @@ def open_record(path: str | Path) -> xr.Dataset:
   Returns:
     A `Dataset` whose fields are read from disk where they are used; see `to_dataset` for its dimensions. Series and
     events are in it as the module says. It shows what was written when it was opened. Close it, or use it in a `with`.
+    A deep or pickled copy has all fields in memory.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -531,13 +532,7 @@ def open_record(path: str | Path) -> xr.Dataset:
   contents = contents or _journal.NOTHING
   empty = empty_dataset({**layout_of(stored), "attrs": {}} if stored else contents.layout)
   joined = _netcdf.joined(stored, empty, contents, rows_of(file, contents, empty))
-
-  def close() -> None:
-    for each in (file, stored.file if stored else None):
-      if each is not None:
-        each.close()
-
-  joined.set_close(close)
+  joined.set_close(_netcdf.Closing(*(each for each in (file, stored and stored.file) if each is not None)))
   return joined
 
 

@@ -1,10 +1,12 @@
 """Records: what is appended is read back, whatever happens in between."""
 
+import copy
 import errno
 import functools
 import json
 import os
 import pathlib
+import pickle
 import shutil
 import subprocess
 import sys
@@ -358,6 +360,45 @@ def test_series_can_be_added_to_a_finished_record(tmp_path):
   assert record.loss.values.tolist() == [0, 1, 2, 7]
   assert record.event_step.values.tolist() == [2]
   assert record.attrs["model"] == "tiny"
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("first", ["number", "seeds"])
+def test_a_series_may_be_over_seeds_in_some_sessions_alone(tmp_path, first, again):
+  path = tmp_path / "run.nc"
+  reports = jax.tree.map(lambda x: np.stack([x, x]), report_of(1))
+  values = {"number": 0.5, "seeds": np.asarray([1.0, 2.0])}
+  second = "seeds" if first == "number" else "number"
+  for step, kind in ((3, first), (3 if again else 5, second), (7, first)):
+    with recorder_of(path) as recorder:
+      recorder.append(step, reports)
+      recorder.log(step, loss=values[kind])
+      recorder.flush()
+      live = open_record(path).load()
+  expected = [np.broadcast_to(values[kind], 2) for kind in ([] if again else [first]) + [second, first]]
+  for record in (live, open_record(path), xr.load_dataset(path, engine="h5netcdf")):
+    assert record.loss.dims == ("loss_step", "seed")
+    np.testing.assert_array_equal(record.loss, expected)
+    np.testing.assert_array_equal(record.loss_step, [3, 7] if again else [3, 5, 7])
+    assert record.loss.long_name == "loss"
+
+
+@pytest.mark.parametrize(
+  "copied", [copy.deepcopy, lambda x: x.copy(deep=True), lambda x: pickle.loads(pickle.dumps(x))]
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_copies_have_everything_in_memory(tmp_path, copied, finished):
+  path = tmp_path / "run.nc"
+  record_numbers(path, range(4), loss=1.0)
+  if not finished:
+    leave_journal(path, range(2, 6), loss=2.0)
+  with open_record(path) as record:
+    one, part = copied(record), copied(record.isel(step=[1], window=1))
+    wanted = record.load()
+  shutil.rmtree(tmp_path)
+  xr.testing.assert_identical(one, wanted)
+  xr.testing.assert_identical(part, wanted.isel(step=[1], window=1))
+  one.close()
 
 
 def test_a_kill_between_file_and_journal_duplicates_nothing(tmp_path):
