@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -76,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["report", "nowhere.nc", "-o", "page.html"])
     1
   """
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):  # names and help may have characters that the terminal has not
+      stream.reconfigure(errors="backslashreplace")
   args = _parser().parse_args(argv)
   code, message = 1, ""
   try:

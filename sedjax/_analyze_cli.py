@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--window", default="10", help="rows in the window, one size or several: 10 or 5,10,20 (default: 10)")
   add("--sketch", default="count:16384", help="count:DIM, gaussian:DIM or exact (default: count:16384)")
   add("--seed", type=int, default=0, help="of the sketch (default: 0)")
-  add("--momentum", type=float, default=0.0, help="β₁ of the optimizer, for what noise would show (default: 0)")
+  add("--momentum", type=float, default=0.0, help="beta_1 of the optimizer, for what noise would show (default: 0)")
   add("--every", type=int, help="optimizer steps between checkpoints (default: the most frequent distance)")
   add("--k-max", type=int, help="last place where an edge is looked for (default: half of each window)")
   add("--steps", help="steps of the files, separated by commas (default: from the names)")

@@ -14,7 +14,7 @@ from sedjax import core
 from sedjax._ahead import Ahead, Progress, Ring
 from sedjax._compile import REPORT_OPTIONS, known, lowered_init, with_any_groups
 from sedjax._selection import Leaf, Reading, Selection
-from sedjax._series import Entry, error_at
+from sedjax._series import LARGEST_NORM, Entry, error_at, too_large
 from sedjax._store import Store
 from sedjax._types import Report
 
@@ -112,9 +112,10 @@ def exact_series(
   rows, reach = len(series) - 1, 2 * config.slots
   size = max(1, min(max(leaf.info.size for leaf in selection.leaves), _EXACT_BYTES // (8 * (2 * reach + 3))))
   gram, fourth = np.zeros((len(selection.labels), rows, reach)), np.zeros((len(selection.labels), rows))
+  large = np.full(rows, -1)  # the tensor with which a row became too long
   done, saved = 0, store.load()
   if saved is not None:
-    done, gram, fourth = int(saved["done"]), saved["gram"], saved["fourth"]
+    done, gram, fourth, large = int(saved["done"]), saved["gram"], saved["fourth"], saved["large"]
     print(f"going on after {done} of {len(selection.leaves)} tensors", file=sys.stderr)
   read = sum(leaf.info.size * leaf.dtype.itemsize for leaf in selection.leaves[:done])
   ring = Ring()
@@ -134,9 +135,13 @@ def exact_series(
         gram[leaf.label] += band.gram
         fourth[leaf.label] += band.fourth
         band.gram[:], band.fourth[:] = 0, 0
+        large[(large < 0) & ~(gram[:, :, 0].sum(0) < LARGEST_NORM**2)] = done
         done += 1
-        store.save({"done": done, "gram": gram, "fourth": fourth})
-  yield from _reports_of_gram(series, selection, gram, fourth)
+        store.save({"done": done, "gram": gram, "fourth": fourth, "large": large})
+  for i, report in _reports_of_gram(series, selection, gram, fourth):
+    if large[i - 1] >= 0:
+      raise too_large(series[i], selection.leaves[large[i - 1]].path, "the checkpoint before")
+    yield i, report
 
 
 def _reports_of_gram(

@@ -27,10 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-try:
-  import fcntl
-except ImportError:  # not on Windows, where two writers of one record are not noticed
-  fcntl = None
+from sedjax._lock import locked
 
 _HEAD = struct.Struct("<IIc")  # length of what follows, CRC-32 of it (of a row: of all but the values), kind
 _ROW = struct.Struct("<qIH")  # step, CRC-32 of all values, number of fields; the fields' CRC-32s come next
@@ -244,17 +241,10 @@ class Journal:
       raise
 
   def _open(self) -> int:
-    while True:
-      fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-      try:
-        if fcntl:
-          fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if self.path.exists() and os.path.samestat(os.stat(self.path), os.fstat(fd)):
-          return fd
-      except BlockingIOError:
-        os.close(fd)
-        raise ValueError("another recorder is writing it") from None
-      os.close(fd)  # its writer finished, and removed it, between the two calls
+    try:
+      return locked(self.path, lambda: os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666))
+    except BlockingIOError:
+      raise ValueError("another recorder is writing it") from None
 
   def write(self, data: bytes) -> None:
     """Appends a frame; where that fails nothing of it stays."""

@@ -389,9 +389,9 @@ class OrbaxReader(Reader):
 
       if not (path / "_METADATA").exists():
         items = sorted(item.parent for item in path.glob("*/_METADATA"))
-        if len(items) != 1:
-          found = ", ".join(item.name for item in items) or "none"
-          raise ReadError(f"it is no orbax checkpoint with one item (items: {found})")
+        if len(items) > 1:
+          names = ", ".join(item.name for item in items)
+          raise ReadError(f"it has several items ({names}); give the folder of the one with the parameters")
         path = items[0]
       self._path, self._ocp, self._handler = path.absolute(), ocp, ocp.PyTreeCheckpointer()
       found: Any = self._handler.metadata(self._path)
@@ -565,6 +565,8 @@ def open_checkpoint(path: pathlib.Path) -> Reader:
   if not path.exists():
     raise ReadError("it does not exist")
   if path.is_dir():
+    if not any(path.glob("_METADATA")) and not any(path.glob("*/_METADATA")):
+      raise ReadError(f"this folder has neither orbax's _METADATA nor any of {', '.join(_IN_FOLDERS)} in it")
     return OrbaxReader(path)
   if not path.is_file():
     raise ReadError("it is neither a file nor a folder")

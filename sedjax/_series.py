@@ -13,6 +13,7 @@ from typing import NamedTuple
 from sedjax._readers import ReadError
 
 Path = str | os.PathLike[str]
+LARGEST_NORM = 1e36  # of a change: reports have norms in float32, of several changes together
 # What shows that digits in a name are no whole number by themselves: a fraction, a power of ten, thousands set apart or
 # as a letter; before them also a sign, unless it only parts words.
 _AFTER = re.compile(r"[.,']\d|_000(?!\d)|[eE][-+]?\d|[kKmMbBgGtT](?![a-zA-Z])|[kKMBGT](?=tok|step|iter|img)")
@@ -34,6 +35,12 @@ def error_at(entry: Entry, tensor: str | None, why: str) -> CheckpointError:
   """The error that names file, step and tensor."""
   where = f", tensor {tensor!r}" if tensor is not None else ""
   return CheckpointError(f"sedjax analyze: {entry.file} (step {entry.step}){where}: {why}.")
+
+
+def too_large(entry: Entry, tensor: str | None, since: str) -> CheckpointError:
+  """The error of a change that reports cannot hold."""
+  why = f"since {since} it changed by {LARGEST_NORM:g} or more, too much for reports in float32"
+  return error_at(entry, tensor, why)
 
 
 @contextlib.contextmanager

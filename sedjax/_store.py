@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sedjax._lock import locked
 from sedjax._readers import files_of
 from sedjax._record_files import journal_of, open_file
 from sedjax._selection import Selection
@@ -27,12 +28,39 @@ _STATE, _REPORTS = "state.npz", "reports.bin"
 
 
 class Store:
-  """The unfinished analysis beside the record that it will become: its state, and the reports so far."""
+  """The unfinished analysis beside the record that it will become: its state, and the reports so far.
+
+  Raises:
+    CheckpointError: another analysis is writing it, or it cannot be made.
+  """
 
   def __init__(self, out: Path | None, identity: str):
     self.folder = None if out is None else _folder_of(out)
     self._identity = identity
     self._reports = b""  # where there is no folder
+    self._lock = None
+    if out is not None and os.name == "posix":  # where folders can be locked
+      with writing(_folder_of(out)):
+        try:
+          self._lock = locked(_folder_of(out), self._open)
+        except BlockingIOError:
+          raise CheckpointError(
+            f"sedjax analyze: another analysis is writing {os.fspath(out)}; wait for its end, or give another name."
+          ) from None
+
+  def _open(self) -> int:
+    assert self.folder is not None
+    self.folder.mkdir(parents=True, exist_ok=True)
+    return os.open(self.folder, os.O_RDONLY)
+
+  def close(self) -> None:
+    """Lets others write; a folder without anything saved goes."""
+    if self.folder is not None:
+      with contextlib.suppress(OSError):
+        self.folder.rmdir()
+    if self._lock is not None:
+      os.close(self._lock)
+      self._lock = None
 
   def load(self) -> dict[str, np.ndarray] | None:
     """What was saved last by an analysis with the same identity."""

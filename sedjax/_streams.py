@@ -20,13 +20,11 @@ from sedjax._ahead import Ahead, Progress, Ring
 from sedjax._compile import COMPILERS, REPORT_OPTIONS, known, lowered_init, with_any_groups
 from sedjax._leaves import Part, Sketcher
 from sedjax._selection import Leaf, Reading, Selection
-from sedjax._series import CheckpointError, Entry, error_at
+from sedjax._series import LARGEST_NORM, CheckpointError, Entry, error_at, too_large
 from sedjax._store import Store, signature_of
 from sedjax._types import Report
 
 _SAVE_SECONDS = 0.5  # from one save of the state to the next, at least
-# Of a row: reports have norms in float32, of several rows together.
-_LARGEST_NORM = 1e36
 _WORKING = 2  # tensors or parts that compiled functions may be at work on while the next one is handed to them
 
 
@@ -163,7 +161,7 @@ def _sketches(
         greatest = np.abs(row).max()  # NaN where there is one
         if not np.isfinite(greatest):
           raise error_at(series[i], done.leaf.path, "it holds NaN or infinite numbers")
-        if large is None and greatest > _LARGEST_NORM / row.size:
+        if large is None and greatest > LARGEST_NORM / row.size:
           large = done.leaf.path
         bar.add(done.array.nbytes, f"step {series[i].step}")
       if not item.last:
@@ -171,9 +169,8 @@ def _sketches(
       change, steps, lossy = None, series[i].step - base_step, False
       if base is not None:
         norm = _norm(rows - base)
-        if not norm < _LARGEST_NORM:
-          why = f"since step {base_step} it changed by {_LARGEST_NORM:g} or more, too much for reports in float32"
-          raise error_at(series[i], large or large_before, why)
+        if not norm < LARGEST_NORM:
+          raise too_large(series[i], large or large_before, f"step {base_step}")
         change = (rows - base).astype(np.float32)
         lossy = _norm(rows) * 2.0**-50 > 0.01 * norm
       if base is None or np.any(change):

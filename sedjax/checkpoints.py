@@ -32,7 +32,7 @@ from sedjax._dataset import provenance, to_dataset
 from sedjax._exact import exact_series
 from sedjax._selection import Groups, Selection, group_function, left_out_lines, say_what_is_read, select, taken_lines
 from sedjax._series import CheckpointError as CheckpointError
-from sedjax._series import Entry, Path, error_at, find_series
+from sedjax._series import Entry, Path, find_series
 from sedjax._store import Store, check_place, checkpoints_id, identity_of, replaceable, write_record
 from sedjax._streams import sketch_series
 from sedjax._types import Report
@@ -130,8 +130,6 @@ def analyze(
   try:
     with np.errstate(over="ignore", invalid="ignore"):  # which is told of below
       for i, report in (exact_series if config.exact else sketch_series)(series, selection, store, progress):
-        if not np.all(np.isfinite(report.last_update_norm)):
-          raise error_at(series[i], None, "since the checkpoint before, it changed by more than float32 can hold")
         found.append((i, report))
   except CheckpointError as error:
     if out is None or not found:
@@ -143,11 +141,14 @@ def analyze(
     raise CheckpointError(
       f"{error} The rows up to step {series[found[-1][0]].step} are kept in {where}; run it again to go on."
     ) from error
-  record = _record(series, selection, found)
-  if out is not None:
-    write_record(record, out, series)
-    store.remove()
-  return record
+  else:
+    record = _record(series, selection, found)
+    if out is not None:
+      write_record(record, out, series)
+      store.remove()
+    return record
+  finally:
+    store.close()
 
 
 def _config(*arguments: Any) -> core.Config:

@@ -656,8 +656,8 @@ def test_changes_beyond_float32_are_named(tmp_path, exact, where):
   series = [{name: x.astype(np.float64) for name, x in params.items()} for params in walk(6)]
   series[where]["emb"] *= 1e200
   files, sketch = write(tmp_path / "a", series), sedjax.sketch.exact() if exact else None
-  tensor = "" if exact else ", tensor 'emb'"
-  message = rf"\(step {5 * where}\){tensor}: since .* changed by .* float32.*rows up to step {5 * (where - 1)} are kept"
+  kept = f"rows up to step {5 * (where - 1)} are kept"
+  message = rf"\(step {5 * where}\), tensor 'emb': since .* changed by .* float32.*{kept}"
   with pytest.raises(checkpoints.CheckpointError, match=message):
     checkpoints.analyze(files, window=3, sketch=sketch, out=tmp_path / "run.nc")
   with open_record(tmp_path / "run.nc") as kept:
@@ -1181,6 +1181,33 @@ def test_only_what_the_analysis_wrote_is_removed(tmp_path):
   (store.folder / "thesis.txt").write_text("important")
   store.remove()
   assert os.listdir(store.folder) == ["thesis.txt"]
+
+
+def test_one_analysis_at_a_time_writes_a_record(tmp_path, files):
+  out = tmp_path / "run.nc"
+  other = _store.Store(out, "")
+  with pytest.raises(checkpoints.CheckpointError, match=r"another analysis is writing .*run\.nc; wait for its end"):
+    checkpoints.analyze(files, window=4, out=out)
+  other.close()
+  checkpoints.analyze(files, window=4, out=out)
+  assert sorted(os.listdir(tmp_path)) == ["run.nc"]
+
+
+def test_an_analysis_that_saved_nothing_leaves_nothing(tmp_path):
+  bad = [{**params, "emb": params["emb"] * np.nan} for params in walk()]
+  files = write(tmp_path / "a", bad)
+  with pytest.raises(checkpoints.CheckpointError, match="NaN"):
+    checkpoints.analyze(files, window=4, out=tmp_path / "run.nc")
+  assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_without_a_checkpoint_is_told(tmp_path):
+  for i in range(6):
+    (tmp_path / f"step_{i}").mkdir()
+    (tmp_path / f"step_{i}" / "flax_model.msgpack").write_bytes(b"x")
+  words = r"step_0 \(step 0\): this folder has neither orbax's _METADATA nor any of model\.safetensors\.index\.json, "
+  with pytest.raises(checkpoints.CheckpointError, match=words):
+    checkpoints.analyze(str(tmp_path / "step_*"), window=3)
 
 
 def test_reports_that_another_process_took_away_are_not_made_up(tmp_path):

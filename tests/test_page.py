@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import io
 import json
 import os
 import re
@@ -313,12 +314,24 @@ def test_missing_extra_is_named(made, missing, tmp_path):
   assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("args", [["--help"], ["report", "--help"]])
+def test_a_terminal_without_the_characters_of_a_name(made, tmp_path, monkeypatch):
+  made.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
+  for name in ("stdout", "stderr"):
+    monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), "ascii"))
+  assert main(["report", str(tmp_path / "run.nc"), "-o", str(tmp_path / "σ.html")]) == 0
+  assert main(["report", str(tmp_path / "β.nc"), "-o", str(tmp_path / "σ.html")]) == 1
+  for stream, text in ((sys.stdout, b"\\u03c3.html"), (sys.stderr, b"\\u03b2.nc")):
+    stream.flush()
+    assert text in stream.buffer.getvalue()
+
+
+@pytest.mark.parametrize("args", [["--help"], ["report", "--help"], ["analyze", "--help"]])
 def test_help_has_an_example(args, capsys):
   with pytest.raises(SystemExit) as ended:
     main(args)
   assert ended.value.code == 0
-  assert "sedjax report run.nc -o report.html" in capsys.readouterr().out
+  command = "analyze 'run/step_*/model.safetensors' -o run.nc" if "analyze" in args else "report run.nc -o report.html"
+  assert f"sedjax {command}" in capsys.readouterr().out
 
 
 def test_arguments_that_cannot_be_read(capsys):
