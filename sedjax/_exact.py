@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
 from sedjax import core
-from sedjax._ahead import Ahead, Progress, Ring
+from sedjax._ahead import Buffers, Progress, in_order
 from sedjax._compile import REPORT_OPTIONS, known, lowered_init, with_any_groups
 from sedjax._selection import Leaf, Reading, Selection
 from sedjax._series import LARGEST_NORM, Entry, error_at, too_large
@@ -47,17 +47,12 @@ class _OpenFiles:
       reading.close()
 
 
-def _read_chunks(
-  series: list[Entry], selection: Selection, start: int, size: int, ring: Ring
-) -> Generator[tuple[Leaf, int, int, np.ndarray]]:
-  """Of each tracked tensor from number `start` on, chunk by chunk: that chunk of all checkpoints."""
-  with contextlib.closing(_OpenFiles(series, selection)) as files:
-    for leaf in selection.leaves[start:]:
-      for first in range(0, leaf.info.size, size):
-        for i in range(len(series)):
-          array = ring.next(min(size, leaf.info.size - first), leaf.dtype)
-          files[i].read(leaf.path, first, array)
-          yield leaf, first, i, array
+def _chunks(count: int, selection: Selection, start: int, size: int) -> Iterator[tuple[Leaf, int, int, int]]:
+  """Of each tracked tensor from number `start` on, chunk by chunk: where it is, its length, and each checkpoint."""
+  for leaf in selection.leaves[start:]:
+    for first in range(0, leaf.info.size, size):
+      for i in range(count):
+        yield leaf, first, min(size, leaf.info.size - first), i
 
 
 class _Band:
@@ -117,21 +112,27 @@ def exact_series(
   if saved is not None:
     done, gram, fourth, large = int(saved["done"]), saved["gram"], saved["fourth"], saved["large"]
     print(f"going on after {done} of {len(selection.leaves)} tensors", file=sys.stderr)
-  read = sum(leaf.info.size * leaf.dtype.itemsize for leaf in selection.leaves[:done])
-  ring = Ring()
-  with (
-    Progress(progress, selection.bytes * len(series), read * len(series)) as bar,
-    contextlib.closing(Ahead(_read_chunks(series, selection, done, size, ring), ring)) as items,
-  ):
-    width = 2 if any(leaf.dtype.kind == "c" for leaf in selection.leaves) else 1
-    band = _Band(rows, reach, width * size)
-    for leaf, first, i, array in items:
-      last = i == rows
+  read = len(series) * sum(leaf.info.size * leaf.dtype.itemsize for leaf in selection.leaves[:done])
+  width = 2 if any(leaf.dtype.kind == "c" for leaf in selection.leaves) else 1
+  band, buffers = _Band(rows, reach, width * size), Buffers()
+  chunks = _chunks(len(series), selection, done, size)
+  with contextlib.ExitStack() as stack:
+    files = stack.enter_context(contextlib.closing(_OpenFiles(series, selection)))
+
+    def read_chunk(chunk: tuple[Leaf, int, int, int]) -> tuple[tuple[Leaf, int, int, int], np.ndarray]:
+      leaf, first, count, i = chunk
+      memory = buffers.take(count * leaf.dtype.itemsize)
+      files[i].read(leaf.path, first, memory[: count * leaf.dtype.itemsize].view(leaf.dtype))
+      return chunk, memory
+
+    bar = stack.enter_context(Progress(progress, selection.bytes * len(series), read))
+    for (leaf, first, count, i), memory in stack.enter_context(contextlib.closing(in_order(read_chunk, chunks, 1, 2))):
+      last, array = i == rows, memory[: count * leaf.dtype.itemsize].view(leaf.dtype)
       if not band.add(i, array, last):
         raise error_at(series[i], leaf.path, "it holds NaN or infinite numbers")
       bar.add(array.nbytes, leaf.path)
-      ring.give_back()
-      if last and first + array.size == leaf.info.size:
+      buffers.give_back(memory)
+      if last and first + count == leaf.info.size:
         gram[leaf.label] += band.gram
         fourth[leaf.label] += band.fourth
         band.gram[:], band.fourth[:] = 0, 0

@@ -9,7 +9,6 @@ import collections
 import concurrent.futures
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from sedjax._strided import chunk_sums
 from sedjax.sketch import Count, as_real
 
 _PLAIN = 2**18  # numbers of tensors that NumPy sketches, in less time than it takes to compile for them
-_CHUNK = 2**21  # numbers, about, that one call of a compiled function sums
+_CHUNK = 3 * 2**19  # numbers, about, that one call of a compiled function sums
 _BLOCK = 32  # rows that share a hash: chunks begin at a multiple of it
 _KEPT = 2**16  # numbers of a tensor's hashes or signs that are kept from checkpoint to checkpoint
 
@@ -98,7 +97,7 @@ class Sketcher:
       if not isinstance(self._sketch, Count) or leaf.dtype.kind == "c" or not plain:
         _compiled_whole(self._sketch, leaf.axes, leaf.info.shape, leaf.dtype)
         continue
-      columns = leaf.shape[-1] if leaf.shape else 1
+      columns = leaf.columns
       plan = self._sketch.plan(leaf.path, leaf.shape)
       way = _Way(leaf.path, (plan.rows, columns), plan.per_bucket, plan.buckets, plan.offset, 0)
       self._ways[leaf.path] = way
@@ -121,39 +120,35 @@ class Sketcher:
       parts.append(Part(start, way.chunk, first - start))
     return parts + ([Part(whole, way.shape[0] - whole, 0)] if whole < way.shape[0] else [])
 
-  def start(self, leaf: Leaf, part: Part, array: np.ndarray) -> Callable[[np.ndarray], None]:
-    """Begins to sketch a part of a tensor; what is returned adds its sketch to a row."""
+  def add(self, leaf: Leaf, part: Part, array: np.ndarray, row: np.ndarray) -> None:
+    """Adds the sketch of a part of a tensor to a row; threads may do so at the same time."""
     way = self._ways.get(leaf.path)
     if way is None:
       shape = (2, *leaf.shape) if leaf.dtype.kind == "c" else leaf.shape
       call = _compiled_whole(self._sketch, leaf.axes, leaf.info.shape, leaf.dtype).result()
       with jax.enable_x64(True):
-        sketch = call(jax.device_put(array.reshape(leaf.info.shape)), _hashes(self._sketch, leaf.path, shape))
-      return lambda row: _add(np.asarray(sketch), row, self._sketch.offset(leaf.path))
+        found = call(jax.device_put(array.reshape(leaf.info.shape)), _hashes(self._sketch, leaf.path, shape))
+      return _add(np.asarray(found), row, self._sketch.offset(leaf.path))
     columns = way.shape[1]
     x = array.reshape(-1, columns)
-    sums: Any
     if part.rows == way.chunk:
       hashes = _hashes(self._sketch, way.path, way.shape)
       call = _compiled_chunk(way.chunk, columns, x.dtype, way.per_bucket).result()
       keys = hashes.rows[part.start // _BLOCK : (part.start + part.rows) // _BLOCK]
       with jax.enable_x64(True):
-        sums = call(x, keys, hashes.columns)
+        sums = np.asarray(call(x, keys, hashes.columns))
     else:
       signs = (_signs if x.size <= _KEPT else _signs.__wrapped__)(self._sketch, way.path, way.shape, part.start)
       sums = np.multiply(signs, x if x.dtype.kind == "f" else x.astype(np.float64), dtype=np.float64)
       if way.per_bucket > 1 and len(sums) > 1:
         sums = np.add.reduceat(sums, np.arange(0, len(sums), way.per_bucket))
 
-    def finish(row: np.ndarray) -> None:
-      rest = np.asarray(sums)[part.known // way.per_bucket :]
-      bucket = (part.start + part.known) // way.per_bucket % way.buckets
-      while len(rest):
-        lap, rest = rest[: way.buckets - bucket], rest[way.buckets - bucket :]
-        _add(lap.reshape(-1), row, (way.offset + bucket * columns) % row.size)
-        bucket = 0
-
-    return finish
+    rest = sums[part.known // way.per_bucket :]
+    bucket = (part.start + part.known) // way.per_bucket % way.buckets
+    while len(rest):
+      lap, rest = rest[: way.buckets - bucket], rest[way.buckets - bucket :]
+      _add(lap.reshape(-1), row, (way.offset + bucket * columns) % row.size)
+      bucket = 0
 
 
 def _add(sums: np.ndarray, row: np.ndarray, offset: int) -> None:

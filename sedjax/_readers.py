@@ -52,7 +52,8 @@ class Reader:
   """A checkpoint that is open."""
 
   tensors: dict[str, TensorInfo]  # by name, as in the file
-  in_parts = False  # whether parts of tensors are read at no more cost than the whole
+  # Whether parts of tensors are read at no more cost than the whole, and by several threads at a time.
+  in_parts = False
 
   def read(self, name: str, start: int, out: np.ndarray) -> None:
     """Fills `out` [n] with the numbers start … start + n - 1 of a tensor in row-major order.
@@ -86,11 +87,13 @@ def _told_as(what: str) -> Iterator[None]:
     ) from error
 
 
-def _fill(file: Any, out: np.ndarray) -> None:
+def _fill(file: Any, out: np.ndarray, at: int | None = None) -> None:
+  """Fills an array from the place where a file is, or from an offset, as several threads may at a time."""
   view: Any = memoryview(out.view(np.uint8))  # pyright: ignore[reportArgumentType]
   done = 0
   while done < len(view):
-    count = file.readinto(view[done:])
+    rest = view[done:]
+    count = file.readinto(rest) if at is None else os.preadv(file.fileno(), [rest], at + done)
     if not count:
       raise ReadError("the file ends in the middle of the tensor")
     done += count
@@ -173,8 +176,7 @@ class SafetensorsReader(Reader):
 
   def read(self, name: str, start: int, out: np.ndarray) -> None:
     with _told_as("safetensors file"):
-      self._file.seek(self._starts[name] + start * out.itemsize)
-      _fill(self._file, out)
+      _fill(self._file, out, self._starts[name] + start * out.itemsize)
 
   def close(self) -> None:
     self._file.close()

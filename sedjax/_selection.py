@@ -8,6 +8,7 @@ import dataclasses
 import pathlib
 import re
 import sys
+import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -47,6 +48,11 @@ class Leaf(NamedTuple):
   @property
   def shape(self) -> tuple[int, ...]:
     return self.info.shape if self.axes is None else tuple(self.info.shape[axis] for axis in self.axes)
+
+  @property
+  def columns(self) -> int:
+    """Length of the last axis."""
+    return self.shape[-1] if self.shape else 1
 
   @property
   def dtype(self) -> np.dtype:
@@ -142,6 +148,7 @@ class Reading:
     with about(entry):
       self._reader: Reader = open_checkpoint(pathlib.Path(entry.file))
     self.in_parts = self._reader.in_parts
+    self._alone: Any = contextlib.nullcontext() if self.in_parts else threading.Lock()
     try:
       with about(entry):
         self.names = _paths(_in_model(self._reader.tensors), rename)
@@ -153,7 +160,7 @@ class Reading:
       raise
 
   def read(self, path: str, start: int, out: np.ndarray) -> None:
-    with about(self.entry, self.names[path]):
+    with self._alone, about(self.entry, self.names[path]):
       self._reader.read(self.names[path], start, out)
 
   def check(self, selection: Selection, first: Entry) -> None:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from sedjax import core
-from sedjax._ahead import Ahead, Progress, Ring
+from sedjax._ahead import Buffers, Progress, in_order
 from sedjax._compile import COMPILERS, REPORT_OPTIONS, known, lowered_init, with_any_groups
 from sedjax._leaves import Part, Sketcher
 from sedjax._selection import Leaf, Reading, Selection
@@ -25,12 +24,15 @@ from sedjax._store import Store, signature_of
 from sedjax._types import Report
 
 _SAVE_SECONDS = 0.5  # from one save of the state to the next, at least
-_WORKING = 2  # tensors or parts that compiled functions may be at work on while the next one is handed to them
+# Threads that read and sketch: what one has read is in its core's cache. Two are faster than any disk.
+_WORKERS = 2
+# Bytes of a task, at least, and rows of the sketch as long: each task has one, and smaller tensors share a task.
+_TASK_BYTES, _TASK_ROWS = 3 * 2**21, 16
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled_push(config: core.Config, like: tuple[Any, ...]) -> tuple[concurrent.futures.Future[Any], Report]:
-  """The function that takes in a row and reports, being compiled by a thread, and a report of zeros.
+def _compiled_push(config: core.Config, like: tuple[Any, ...]) -> tuple[Any, Report]:
+  """The function that takes in a row and reports, compiled, and a report of zeros.
 
   Args:
     config: what to measure, with any groups.
@@ -44,79 +46,155 @@ def _compiled_push(config: core.Config, like: tuple[Any, ...]) -> tuple[concurre
   structure, *leaves = like
   state = structure.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
   row = jax.ShapeDtypeStruct(state.rows.shape[1:], np.float32)
-  # Traced here: two threads that trace and sketch at once would wait for Python's lock most of the time.
   lowered = jax.jit(push, donate_argnums=0).lower(state, row, np.int32(0), np.bool_(False))
   blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), lowered.out_info[1])
-  return COMPILERS.submit(lambda: lowered.compile(known(**REPORT_OPTIONS))), blank
+  return lowered.compile(known(**REPORT_OPTIONS)), blank
+
+
+class _Programs(NamedTuple):
+  """What a tracker's state is taken on by."""
+
+  structure: Any  # of the state
+  first: core.TrackerState
+  push: Any
+  blank: Report  # of zeros
+
+  @classmethod
+  def made(cls, selection: Selection) -> _Programs:
+    config = selection.config
+    lowered = lowered_init(config, selection.tree)
+    leaves, structure = jax.tree.flatten(lowered.out_info)
+    first = lowered.compile(known(**REPORT_OPTIONS))()
+    like = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+    return cls(structure, first, *_compiled_push(with_any_groups(config), like))
 
 
 class _Tracker:
-  """A tracker's state, and what takes it on, which are being compiled."""
+  """A tracker's state, and what takes it on, which a thread compiles."""
 
   def __init__(self, selection: Selection):
-    config = selection.config
-    first = lowered_init(config, selection.tree)
-    self._first = COMPILERS.submit(lambda: first.compile(known(**REPORT_OPTIONS))())
-    leaves, self._structure = jax.tree.flatten(first.out_info)
-    like = (self._structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
-    self._push, self.blank = _compiled_push(with_any_groups(config), like)
+    self._made = COMPILERS.submit(_Programs.made, selection)
     self._state: Any = None
 
   @property
   def state(self) -> core.TrackerState:
-    return self._first.result() if self._state is None else self._state
+    return self._made.result().first if self._state is None else self._state
+
+  @property
+  def blank(self) -> Report:
+    return self._made.result().blank
 
   def ready(self) -> bool:
     """Whether nothing has to wait for the compiler."""
-    return self._push.done() and self._first.done()
+    return self._made.done()
 
   def push(self, row: np.ndarray, steps: int, lossy: bool) -> Report:
-    self._state, report = self._push.result()(self.state, row, np.int32(steps), np.bool_(lossy))
+    self._state, report = self._made.result().push(self.state, row, np.int32(steps), np.bool_(lossy))
     return report
 
   def save(self) -> dict[str, np.ndarray]:
     return {f"state{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))}
 
   def restore(self, saved: Mapping[str, np.ndarray]) -> None:
-    leaves = [jax.numpy.asarray(saved[f"state{i}"]) for i in range(self._structure.num_leaves)]
-    self._state = self._structure.unflatten(leaves)
+    structure = self._made.result().structure
+    self._state = structure.unflatten([jax.numpy.asarray(saved[f"state{i}"]) for i in range(structure.num_leaves)])
 
 
-class _Item(NamedTuple):
-  """A tensor of a checkpoint, or a part of it."""
+class _Piece(NamedTuple):
+  """A tensor, or a part of it, that is read at once."""
 
-  i: int  # number of the checkpoint
   leaf: Leaf
   parts: list[Part]
-  array: np.ndarray
+  whole: bool
+
+  @property
+  def start(self) -> int:
+    """Its first number in the tensor."""
+    return 0 if self.whole else self.parts[0].start * self.leaf.columns
+
+  @property
+  def bytes(self) -> int:
+    size = self.leaf.info.size if self.whole else self.parts[0].rows * self.leaf.columns
+    return size * self.leaf.dtype.itemsize
+
+  def add(self, sketcher: Sketcher, array: np.ndarray, row: np.ndarray) -> None:
+    """Adds the sketch of what was read to a row."""
+    if len(self.parts) == 1:
+      sketcher.add(self.leaf, self.parts[0], array, row)
+    else:
+      rows = array.reshape(-1, self.leaf.columns)
+      for part in self.parts:
+        sketcher.add(self.leaf, part, rows[part.start : part.start + part.rows], row)
+
+
+class _Task(NamedTuple):
+  """What one thread reads and sketches at a time: some pieces of a checkpoint."""
+
+  i: int  # number of the checkpoint
+  reading: Reading
+  pieces: list[_Piece]
+  bytes: int
   last: bool  # of the checkpoint
 
-  def start(self, sketcher: Sketcher) -> list[Callable[[np.ndarray], None]]:
-    """Begins to sketch it."""
-    if len(self.parts) == 1:
-      return [sketcher.start(self.leaf, self.parts[0], self.array)]
-    rows = self.array.reshape(-1, self.leaf.shape[-1])
-    return [sketcher.start(self.leaf, part, rows[part.start : part.start + part.rows]) for part in self.parts]
 
-
-def _read_leaves(
-  series: list[Entry], selection: Selection, sketcher: Sketcher, start: int, ring: Ring
-) -> Generator[_Item]:
-  """All tracked tensors of the checkpoints from number `start` on."""
+def _tasks(
+  series: list[Entry], selection: Selection, sketcher: Sketcher, start: int, opened: collections.deque[Reading]
+) -> Iterator[_Task]:
+  """All tracked tensors of the checkpoints from number `start` on, which are opened; the caller closes them."""
+  enough = max(_TASK_BYTES, _TASK_ROWS * 8 * selection.config.sketch.dim)
   for i in range(start, len(series)):
     reading = Reading(series[i], selection.rename)
+    opened.append(reading)
+    reading.check(selection, series[0])
+    task = _Task(i, reading, [], 0, False)
+    for leaf in selection.leaves:
+      parts = sketcher.parts(leaf)
+      for some in [[part] for part in parts] if reading.in_parts else [parts]:
+        piece = _Piece(leaf, some, len(some) == len(parts))
+        task.pieces.append(piece)
+        task = task._replace(bytes=task.bytes + piece.bytes)
+        last = leaf is selection.leaves[-1] and some[-1] is parts[-1]
+        if last or task.bytes >= enough:
+          yield task._replace(last=last)
+          task = task._replace(pieces=[], bytes=0)
+
+
+class _Rows(NamedTuple):
+  """What a task adds to a checkpoint's sketch."""
+
+  task: _Task
+  rows: dict[int, np.ndarray]  # float64[dim], by label
+  large: str | None  # the first tensor with too large numbers
+
+
+def _sketch(task: _Task, sketcher: Sketcher, dim: int, buffers: Buffers, spare: Buffers, entry: Entry) -> _Rows:
+  """Reads and sketches; the rows are of the spare ones, to which they have to be given back.
+
+  Raises:
+    CheckpointError: a tensor cannot be read, or is not finite.
+  """
+  rows: dict[int, np.ndarray] = {}
+  for leaf, piece in ((piece.leaf, piece) for piece in task.pieces):
+    if leaf.label not in rows:
+      rows[leaf.label] = spare.take(8 * dim).view(np.float64)
+      rows[leaf.label].fill(0)
+    memory = buffers.take(piece.bytes)
     try:
-      reading.check(selection, series[0])
-      for leaf in selection.leaves:
-        parts = sketcher.parts(leaf)
-        for some in [[part] for part in parts] if reading.in_parts else [parts]:
-          whole = len(some) == len(parts)
-          columns = leaf.shape[-1] if leaf.shape else 1
-          array = ring.next(leaf.info.size if whole else some[0].rows * columns, leaf.dtype)
-          reading.read(leaf.path, 0 if whole else some[0].start * columns, array)
-          yield _Item(i, leaf, some, array, leaf is selection.leaves[-1] and some[-1] is parts[-1])
+      array = memory[: piece.bytes].view(leaf.dtype)
+      task.reading.read(leaf.path, piece.start, array)
+      piece.add(sketcher, array, rows[leaf.label])
     finally:
-      reading.close()
+      buffers.give_back(memory)
+  # NaN where there is one. Without absolute values, since an array of a row's size is mapped and unmapped each time.
+  greatest = np.max([[row.max(), -row.min()] for row in rows.values()])
+  if greatest <= LARGEST_NORM / dim:
+    return _Rows(task, rows, None)
+  if len(task.pieces) > 1:  # one by one, to know which it was
+    each = [_sketch(task._replace(pieces=[piece]), sketcher, dim, buffers, Buffers(), entry) for piece in task.pieces]
+    return _Rows(task, rows, next((one.large for one in each if one.large is not None), None))
+  if not np.isfinite(greatest):
+    raise error_at(entry, task.pieces[0].leaf.path, "it holds NaN or infinite numbers")
+  return _Rows(task, rows, task.pieces[0].leaf.path)
 
 
 class _Sketched(NamedTuple):
@@ -143,29 +221,27 @@ def _sketches(
   """Sketches of the checkpoints from number `start` on."""
   rows = np.zeros((len(selection.labels), selection.config.sketch.dim))
   large, large_before = None, None  # the first tensor with too large numbers, in this checkpoint and the one before
-  ring = Ring()
-  working: collections.deque[tuple[_Item, list[Callable[[np.ndarray], None]]]] = collections.deque()
-  with (
-    Progress(progress, selection.bytes * len(series), selection.bytes * start) as bar,
-    contextlib.closing(Ahead(_read_leaves(series, selection, sketcher, start, ring), ring)) as items,
-  ):
-    for item in items:
-      i = item.i
-      working.append((item, item.start(sketcher)))
-      while working and (item.last or len(working) > _WORKING or not items.ready()):
-        done, finishes = working.popleft()
-        row = rows[done.leaf.label]
-        for finish in finishes:
-          finish(row)
-        ring.give_back()
-        greatest = np.abs(row).max()  # NaN where there is one
-        if not np.isfinite(greatest):
-          raise error_at(series[i], done.leaf.path, "it holds NaN or infinite numbers")
-        if large is None and greatest > LARGEST_NORM / row.size:
-          large = done.leaf.path
-        bar.add(done.array.nbytes, f"step {series[i].step}")
-      if not item.last:
+  buffers, spare, opened = Buffers(), Buffers(), collections.deque[Reading]()
+
+  def sketched(task: _Task) -> _Rows:
+    return _sketch(task, sketcher, rows.shape[1], buffers, spare, series[task.i])
+
+  tasks = _tasks(series, selection, sketcher, start, opened)
+  with contextlib.ExitStack() as stack:
+    stack.callback(lambda: [reading.close() for reading in opened])
+    bar = stack.enter_context(Progress(progress, selection.bytes * len(series), selection.bytes * start))
+    for task, added, found in stack.enter_context(
+      contextlib.closing(in_order(sketched, tasks, _WORKERS, 2 * _WORKERS))
+    ):
+      i = task.i
+      for label, row in added.items():
+        rows[label] += row
+        spare.give_back(row.view(np.uint8))
+      large = large or found
+      bar.add(task.bytes, f"step {series[i].step}")
+      if not task.last:
         continue
+      opened.popleft().close()
       change, steps, lossy = None, series[i].step - base_step, False
       if base is not None:
         norm = _norm(rows - base)

@@ -22,7 +22,6 @@ from hypothesis import strategies
 
 import sedjax
 from sedjax import (
-  _ahead,
   _analyze_cli,
   _compile,
   _count,
@@ -999,7 +998,7 @@ def test_sketches_of_parts_are_those_of_the_whole(shape, dtype, plain, monkeypat
     assert parts[-2:] == [_leaves.Part(864, 128, 32), _leaves.Part(992, 8, 0)]
   row, flat = np.zeros(dim), x.reshape(-1, *shape[-1:])
   for part in parts:
-    sketcher.start(leaf, part, np.ascontiguousarray(flat[part.start : part.start + part.rows]))(row)
+    sketcher.add(leaf, part, np.ascontiguousarray(flat[part.start : part.start + part.rows]), row)
   expected = np.asarray(sketch.apply(path, jnp.asarray(x.astype(np.float32))), np.float64)
   np.testing.assert_allclose(row, expected, rtol=2e-5, atol=2e-5)
   with jax.enable_x64(True):
@@ -1015,7 +1014,6 @@ def test_sketches_of_parts_are_those_of_the_whole(shape, dtype, plain, monkeypat
 def test_parts_that_are_read_make_the_same_record(tmp_path, series, record, monkeypatch):
   monkeypatch.setattr(_leaves, "_PLAIN", 300)
   monkeypatch.setattr(_leaves, "_CHUNK", 1500)
-  monkeypatch.setattr(_ahead, "_RING", 2**10)  # which has to grow, and is full most of the time
   for kind in ("safetensors", "sharded", "fortran"):
     found = checkpoints.analyze(write(tmp_path / kind, series, *FORMATS[kind]), window=(3, 5), groups=GROUPS)
     assert_same(found, record, rtol=1e-6)
