@@ -273,16 +273,22 @@ class Journal:
     self.close()
 
 
-def read_bytes(fd: int, offset: int, length: int) -> bytes:
-  """So many bytes at an offset.
+def read_into(fd: int, offset: int, out: np.ndarray) -> None:
+  """Fills uint8[n] with the bytes from an offset on.
 
   Raises:
     OSError: the file ends before.
   """
-  data = os.pread(fd, length, offset)
-  while len(data) < length:
-    more = os.pread(fd, length - len(data), offset + len(data))
-    if not more:
+  view, done = memoryview(out), 0  # pyright: ignore[reportArgumentType]
+  while done < len(view):
+    count = os.preadv(fd, [view[done:]], offset + done)
+    if not count:
       raise OSError("the file ends too early")
-    data += more
-  return data
+    done += count
+
+
+def read_bytes(fd: int, offset: int, length: int) -> bytes:
+  """So many bytes at an offset, likewise."""
+  out = np.empty(length, np.uint8)
+  read_into(fd, offset, out)
+  return out.tobytes()

@@ -18,7 +18,7 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from sedjax._journal import Contents, read_bytes
+from sedjax._journal import Contents, read_into
 from sedjax._types import Report
 
 BLOCK_BYTES = 2**26  # of one variable; what reading and writing keep in memory
@@ -57,16 +57,15 @@ class Rows:
     """
     dtype, shape = self.fields[name]
     start, length, number = self._starts[name], dtype.itemsize * int(np.prod(shape)), list(self.fields).index(name)
-    parts = []
-    for row in map(self._rows.__getitem__, places):
-      data = read_bytes(self.file.fileno(), row.offset + start, length)
-      if zlib.crc32(data) != row.checks[number]:
+    found, fd = np.empty((len(places), length), np.uint8), self.file.fileno()
+    for data, row in zip(found, map(self._rows.__getitem__, places), strict=True):
+      read_into(fd, row.offset + start, data)
+      if zlib.crc32(data) != row.checks[number]:  # pyright: ignore[reportArgumentType]
         raise ValueError(
           f"sedjax.record: {name} of step {row.step} in {self.file.name} is damaged; open the record with "
           "sedjax.record.Recorder and close it, which makes the file of all rows but the damaged ones."
         )
-      parts.append(data)
-    return np.frombuffer(b"".join(parts), dtype).reshape(len(places), *shape)
+    return found.view(dtype).reshape(len(places), *shape)
 
 
 class _Joined(BackendArray):
