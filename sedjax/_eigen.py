@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sedjax._late import with_promotion
+
 # Nothing beside the largest entry of a Gram matrix of scaled rows, which is 1 or more.
 _TINY = np.float32(1e-30)
 # Least side of a matrix that a GPU's matrix units multiply, and the largest that its registers hold a few of.
@@ -189,7 +191,7 @@ def _primitive() -> Any:
     form = solve_in_kernel if fits else by_library
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", DeprecationWarning)  # of Triton, see `_has_kernels`
-      return mlir.lower_fun(form, multiple_results=True)(context, grams)
+      return mlir.lower_fun(with_promotion(form), multiple_results=True)(context, grams)
 
   primitive.def_impl(by_library)  # where jit is disabled
   primitive.def_abstract_eval(results)

@@ -18,6 +18,7 @@ from jax.core import Tracer
 from sedjax import _placement
 from sedjax._config import Config as Config
 from sedjax._count import later_than
+from sedjax._late import with_promotion
 from sedjax._layout import LABEL_WORDS, Layout, decode_label, encode_label, layout_of, tree_id
 from sedjax._phase import init_phase
 from sedjax._placement import Spec
@@ -53,17 +54,6 @@ _NOT_SHARDED = (
 _INT_MAX = np.iinfo(np.int32).max
 
 
-def _with_promotion(function: Any) -> Any:
-  """The function under JAX's usual rules of promotion, whichever stricter ones its caller has chosen."""
-
-  @functools.wraps(function)
-  def promoting(*args: Any, **kwargs: Any) -> Any:
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-      return function(*args, **kwargs)
-
-  return promoting
-
-
 def _zeros(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
   return jnp.zeros(shape, dtype)
 
@@ -82,7 +72,7 @@ def _map_id(config: Config, layout: Layout) -> tuple[int, ...]:
   return (*config.sketch.sketch_id, tree_id(layout))
 
 
-@_with_promotion
+@with_promotion
 def init(config: Config, params: Any, specs: Mapping[str, Spec] | None = None) -> TrackerState:
   """The state before the first update.
 
@@ -319,7 +309,7 @@ def _observe_params(
   return new._replace(rows=_write(rows, cursor, row, new))
 
 
-@_with_promotion
+@with_promotion
 def observe(
   config: Config,
   state: TrackerState,
@@ -474,7 +464,7 @@ def _group_index(state: TrackerState, group: Hashable | None) -> int | jax.Array
   return 1 + known.index(tuple(wanted))
 
 
-@_with_promotion
+@with_promotion
 def report(state: TrackerState, *, group: Hashable | None = None, window: int | None = None) -> Report:
   """Finds the last report of one group and window in the state.
 
@@ -512,7 +502,7 @@ def _pick(found: Report, group: jax.Array) -> Report:
   return Report(*(pick(name, field) for name, field in zip(Report._fields, found, strict=True)))
 
 
-@_with_promotion
+@with_promotion
 def reports(state: TrackerState) -> Report:
   """All reports of one state: fields [..., group, window], vectors padded with 0 to the largest window.
 
@@ -536,7 +526,7 @@ def _reports(state: TrackerState) -> Report:
   return Report(*(stack(n, f) for n, f in zip(Report._fields, zip(*found, strict=True), strict=True)))
 
 
-@_with_promotion
+@with_promotion
 def history(state: TrackerState, *, group: Hashable | None = None, window: int | None = None) -> Report:
   """The last reports, oldest first: fields [..., history]; `count` is 0 where there was none yet.
 

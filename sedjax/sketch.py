@@ -31,7 +31,9 @@ from sedjax._count import (
   plan_of,
   sum_dtype,
 )
-from sedjax._indexed import gathered, indexed_term, may_be_split, sum_terms
+from sedjax._indexed import gathered, indexed_term, sum_terms
+from sedjax._late import by_devices
+from sedjax._placement import mesh_of
 from sedjax._strided import strided_rows
 
 _VERSION = 2
@@ -93,24 +95,39 @@ def _count_rows(
     part, grid: see `part_of`.
   """
   grid = jnp.float32(1) if grid is None else grid
+  arrays = [piece.array for piece in pieces]
+  bare = [piece._replace(array=None) for piece in pieces]
 
   def strided(arrays: list[jax.Array], grid: Any, gpu: bool = False) -> list[jax.Array]:
-    placed = [piece._replace(array=array) for piece, array in zip(pieces, arrays, strict=True)]
+    placed = [piece._replace(array=array) for piece, array in zip(bare, arrays, strict=True)]
     return strided_rows(placed, groups, labels, dim, seed, part, grid, gpu)
 
   def indexed(arrays: list[jax.Array], grid: Any) -> list[jax.Array]:
     terms: list[list[tuple[int, jax.Array]]] = [[] for _ in range(labels)]
-    for piece, group, array in zip(pieces, groups, arrays, strict=True):
+    for piece, group, array in zip(bare, groups, arrays, strict=True):
       terms[group].append(indexed_term(piece._replace(array=array), dim, seed, part, grid))
     rows = [sum_terms(some, dim) if some else jnp.zeros((dim,), sum_dtype(part)) for some in terms]
     return lax.optimization_barrier([gathered(row) for row in rows])
 
-  arrays = [piece.array for piece in pieces]
-  if any(piece.start is not None or may_be_split(piece.array) for piece in pieces):
+  def whole(arrays: list[jax.Array], grid: Any) -> list[jax.Array]:
+    # Without a GPU, what is exported for one has the form for CPUs, so that only one is traced.
+    on_gpu = functools.partial(strided, gpu=True) if jax.default_backend() == "gpu" else strided
+    return lax.platform_dependent(arrays, grid, cpu=strided, cuda=on_gpu, default=indexed)
+
+  if any(piece.start is not None or mesh_of(piece.array).size > 1 for piece in pieces):
     return indexed(arrays, grid)
-  # Without a GPU, what is exported for one has the form for CPUs, so that only one is traced.
-  on_gpu = functools.partial(strided, gpu=True) if jax.default_backend() == "gpu" else strided
-  return lax.platform_dependent(arrays, grid, cpu=strided, cuda=on_gpu, default=indexed)
+  if jax.device_count() == 1:
+    return whole(arrays, grid)
+  if any(piece.hashes is not None for piece in pieces):  # which may be traced
+    return indexed(arrays, grid)
+  for piece in pieces:
+    plan_of(piece.path, None, piece.array.shape or (1,), dim, seed)  # which refuses a leaf that is too large
+  return by_devices(
+    lambda *args: whole(list(args[:-1]), args[-1]),
+    lambda *args: indexed(list(args[:-1]), args[-1]),
+    [((dim,), np.dtype(sum_dtype(part)))] * labels,
+    [*arrays, grid],
+  )
 
 
 class Count(_Sketch):

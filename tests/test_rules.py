@@ -200,9 +200,8 @@ def test_groups(sketch):
   np.testing.assert_array_equal(every.gap_ratio[0, 0], sedjax.get_report(state).gap_ratio)
 
 
-def test_temporaries_grow_neither_with_leaves_nor_with_groups(monkeypatch):
-  """Neither 32 MiB of updates nor 11 MiB of the groups' rows are stored a second time, on one CPU."""
-  monkeypatch.setattr(jax, "device_count", lambda: 1)
+def test_temporaries_grow_neither_with_leaves_nor_with_groups():
+  """Neither 32 MiB of updates nor 11 MiB of the groups' rows are stored a second time, on one CPU of several."""
   shapes = {f"w{i}": (64, 64) for i in range(15)} | {"large": (8192, 1024)}
   params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
   tx = sedjax.track_spectral_edge(10, groups=lambda path: path)
@@ -215,8 +214,7 @@ def test_temporaries_grow_neither_with_leaves_nor_with_groups(monkeypatch):
   "dtype",
   ["float32", pytest.param("bfloat16", marks=pytest.mark.xfail(strict=True, reason="XLA stores them in float32"))],
 )
-def test_reading_parameters_stores_none_of_them(monkeypatch, dtype):
-  monkeypatch.setattr(jax, "device_count", lambda: 1)
+def test_reading_parameters_stores_none_of_them(dtype):
   params = {f"layer{i}": jax.ShapeDtypeStruct((4096, 1024), dtype) for i in range(4)}
   config = core.Config(10, source="params", every=20)
   state = jax.eval_shape(functools.partial(core.init, config), params)
@@ -245,9 +243,31 @@ def test_nan_is_found_in_long_rows(where, sketch, source):
   assert report.singular_values[0] > 0
 
 
-def test_vmapped_seeds_store_no_hashes(monkeypatch):
-  """What the signs of a leaf are made of is made again where a part is summed, on one CPU, as for a single run."""
-  monkeypatch.setattr(jax, "device_count", lambda: 1)
+def test_a_program_for_one_of_several_devices_is_that_for_one():
+  """The form is chosen when a program is lowered: eagerly, under jit, in a scan, under vmap, once and twice."""
+  assert jax.device_count() > 1
+  tx = sedjax.track_spectral_edge(3)
+  updates = np.random.default_rng(0).normal(size=(2, 3, 5, 130, 70)).astype(np.float32)
+
+  def one(updates):
+    state = tx.init({"w": updates[0]})
+    step = lambda state, x: (tx.update({"w": x}, state)[1], None)  # noqa: E731
+    return sedjax.get_report(jax.lax.scan(step, state, updates)[0]).singular_values
+
+  loops = [one(x) for run in updates for x in run]
+  nested = jax.jit(jax.vmap(jax.vmap(one)))(updates)
+  np.testing.assert_allclose(nested.reshape(6, -1), loops, rtol=1e-6)
+  with jax.disable_jit():
+    state = tx.init({"w": updates[0, 0, 0]})
+    for x in updates[0, 0]:
+      _, state = tx.update({"w": x}, state)
+    np.testing.assert_allclose(sedjax.get_report(state).singular_values, loops[0], rtol=1e-5)
+  jaxpr = jax.make_jaxpr(jax.grad(lambda x: one(x * x).sum()))(updates[0, 0])  # whose derivative is 0
+  assert jaxpr.out_avals[0].shape == updates[0, 0].shape
+
+
+def test_vmapped_seeds_store_no_hashes():
+  """What the signs of a leaf are made of is made again where a part is summed, on one CPU of several."""
   tx = sedjax.track_spectral_edge(10)
   params, seeds = ({"w": jax.ShapeDtypeStruct((*lead, 16384, 1024), jnp.float32)} for lead in ((), (1,)))
 
