@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sedjax._late import with_promotion
+from sedjax._late import devices_of, with_promotion
 
 # Nothing beside the largest entry of a Gram matrix of scaled rows, which is 1 or more.
 _TINY = np.float32(1e-30)
@@ -185,8 +185,7 @@ def _primitive() -> Any:
 
   def lowered(context: Any, grams: Any) -> Any:
     # jax.export promises nothing for kernels, and no partitioner knows them.
-    devices = getattr(context.module_context.axis_context, "num_devices", 1)
-    alone = devices in (None, 1) and not context.module_context.lowering_parameters.for_export
+    alone = devices_of(context) == 1 and not context.module_context.lowering_parameters.for_export
     fits = alone and context.avals_in[0].shape[-1] <= _LARGEST and _has_kernels()
     form = solve_in_kernel if fits else by_library
     with warnings.catch_warnings():

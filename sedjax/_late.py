@@ -24,6 +24,11 @@ def with_promotion(function: Any) -> Any:
   return promoting
 
 
+def devices_of(context: Any) -> int:
+  """For how many devices what a primitive is lowered to is; where a mesh is by hand each has a program of its own."""
+  return getattr(context.module_context.axis_context, "num_devices", None) or 1
+
+
 @functools.cache
 def _primitive() -> Any:
   """What of some arrays a function makes that `choose` gives for a number of devices."""
@@ -53,9 +58,8 @@ def _primitive() -> Any:
 
   def lowered(context: Any, *args: Any, choose: Any, like: Any) -> Any:
     del like
-    # Where a mesh is by hand each device has a program of its own, which is for one.
-    devices = getattr(context.module_context.axis_context, "num_devices", None) or 1
-    return mlir.lower_fun(with_promotion(choose(devices)), multiple_results=True)(context, *args)
+    form = with_promotion(choose(devices_of(context)))
+    return mlir.lower_fun(form, multiple_results=True)(context, *args)
 
   primitive.def_impl(eager)
   primitive.def_abstract_eval(results)
