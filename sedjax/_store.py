@@ -39,19 +39,22 @@ class Store:
     self._identity = identity
     self._reports = b""  # where there is no folder
     self._lock = None
-    if out is not None and os.name == "posix":  # where folders can be locked
-      with writing(_folder_of(out)):
-        try:
-          self._lock = locked(_folder_of(out), self._open)
-        except BlockingIOError:
-          raise CheckpointError(
-            f"sedjax analyze: another analysis is writing {os.fspath(out)}; wait for its end, or give another name."
-          ) from None
+    if self.folder is not None and os.name == "posix":  # where folders can be locked
+      self._lock = self._locked(self.folder)
 
-  def _open(self) -> int:
-    assert self.folder is not None
-    self.folder.mkdir(parents=True, exist_ok=True)
-    return os.open(self.folder, os.O_RDONLY)
+  @staticmethod
+  def _locked(folder: pathlib.Path) -> int:
+    def opened() -> int:
+      folder.mkdir(parents=True, exist_ok=True)
+      return os.open(folder, os.O_RDONLY)
+
+    with writing(folder):
+      try:
+        return locked(folder, opened)
+      except BlockingIOError:
+        raise CheckpointError(
+          f"sedjax analyze: another analysis works in {folder}; wait for its end, or give the record another name."
+        ) from None
 
   def close(self) -> None:
     """Lets others write; a folder without anything saved goes."""
@@ -253,6 +256,7 @@ def identity_of(series: list[Entry], selection: Selection, all_files: bool) -> s
   """What two analyses have to share for one to go on where the other ended; exact ones the files, too."""
   config = selection.config
   facts = {
+    "state": 2,  # what is saved; other versions are begun anew
     "windows": config.windows,
     "every": config.every,
     "k_max": config.k_max,

@@ -174,7 +174,8 @@ def _sketch(task: _Task, sketcher: Sketcher, dim: int, buffers: Buffers, spare: 
     CheckpointError: a tensor cannot be read, or is not finite.
   """
   rows: dict[int, np.ndarray] = {}
-  for leaf, piece in ((piece.leaf, piece) for piece in task.pieces):
+  for piece in task.pieces:
+    leaf = piece.leaf
     if leaf.label not in rows:
       rows[leaf.label] = spare.take(8 * dim).view(np.float64)
       rows[leaf.label].fill(0)

@@ -1184,7 +1184,7 @@ def test_only_what_the_analysis_wrote_is_removed(tmp_path):
 def test_one_analysis_at_a_time_writes_a_record(tmp_path, files):
   out = tmp_path / "run.nc"
   other = _store.Store(out, "")
-  with pytest.raises(checkpoints.CheckpointError, match=r"another analysis is writing .*run\.nc; wait for its end"):
+  with pytest.raises(checkpoints.CheckpointError, match=r"another analysis works in .*run\.nc\.part; wait for its end"):
     checkpoints.analyze(files, window=4, out=out)
   other.close()
   checkpoints.analyze(files, window=4, out=out)
