@@ -126,6 +126,14 @@ def solve(matrix: jax.Array, size: int | None = None, kernel: bool = False) -> t
   return _tridiagonal_values(_tridiagonal(matrix, size, kernel), size, kernel), _leading_vector(matrix)
 
 
+def solve_each(grams: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """`solve` of float32[batch, n, n]; a single one as such, which takes half of the time."""
+  if grams.shape[0] > 1:
+    return jax.vmap(solve)(grams)
+  values, vector = solve(grams[0])
+  return values[None], vector[None]
+
+
 def by_library(grams: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The same of float32[batch, n, n] by JAX's `eigh`."""
   values, vectors = jnp.linalg.eigh(grams)

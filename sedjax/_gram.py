@@ -165,7 +165,7 @@ def _precise_eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Eigenvalues (ascending) and leading eigenvector of float32[G, n, n], by the library where that is faster."""
-  on_cpu = _eigen.by_library if gram.shape[-1] < _THREADED else jax.vmap(_eigen.solve)
+  on_cpu = _eigen.by_library if gram.shape[-1] < _THREADED else _eigen.solve_each
   on_gpu = _eigen.solve_on_gpu if _placement.mesh_of(gram).empty else _eigen.by_library
   return jax.lax.platform_dependent(gram, cpu=on_cpu, cuda=on_gpu, default=_eigen.by_library)
 
