@@ -15,7 +15,7 @@ Each way is measured with the files in the page cache as far as it reaches ("war
 
 Seconds are those of the work, compilation included, imports not. `peak_bytes` is the largest resident set. The numbers
 are compared with a float64 oracle, which reads the files by NumPy alone. The result goes to
-`benchmarks/results/posthoc.json`; with `--smoke`, small and short, to `out/benchmarks/`.
+`benchmarks/results/posthoc-<cpu>.json`; with `--smoke`, small and short, to `out/benchmarks/`.
 """
 
 from __future__ import annotations
@@ -347,7 +347,7 @@ def store(
   }
   folder = ROOT / "out" / "benchmarks" if args.smoke else ROOT / "benchmarks" / "results"
   folder.mkdir(parents=True, exist_ok=True)
-  file = folder / "posthoc.json"
+  file = folder / f"posthoc-{run.device_name(result['device']).removeprefix('cpu-')}.json"
   file.write_text(json.dumps(result, indent=1, default=run.plain) + "\n")
   for name, target in result["targets"].items():
     print(f"{name}: {target['found']:.4g}, at most {target['most']:.4g}: {'met' if target['met'] else 'NOT MET'}")

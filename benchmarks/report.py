@@ -273,8 +273,12 @@ def show_fidelity() -> str:
 
 
 def show_posthoc() -> str:
-  """What the analysis of checkpoints costs."""
-  result = stored("posthoc")
+  """What the analysis of checkpoints costs on every CPU whose results are stored."""
+  return "\n\n".join(posthoc_table(file.stem) for file in sorted(RESULTS.glob("posthoc-*.json")))
+
+
+def posthoc_table(stem: str) -> str:
+  result = stored(stem)
   head = ["way", "files", "time", "÷ reading and summing them", "peak memory"]
   rows = []
   for name, way in result["ways"].items():
@@ -286,7 +290,7 @@ def show_posthoc() -> str:
     files = {"cold": "on disk", "warm": "in the page cache"}[state]
     rows.append([label, files, duration(way["seconds"]), digits(way["ratio_to_reading"]), memory(way["peak_bytes"])])
   size = f"{result['checkpoints']} checkpoints, {memory(result['bytes'])}"
-  made = f"`{result['command']}`; {origin([result])} (`benchmarks/results/posthoc.json`)"
+  made = f"`{result['command']}`; {origin([result])} (`benchmarks/results/{stem}.json`)"
   return f"{table(head, rows)}\n\n*{size}. {made}.*"
 
 

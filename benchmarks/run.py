@@ -517,6 +517,12 @@ def device_facts() -> dict[str, Any]:
   }
 
 
+def device_name(facts: dict[str, Any]) -> str:
+  """Of a device, for the name of a file: lower-case letters, digits and dashes."""
+  name = facts["kind"] if facts["platform"] != "cpu" else f"cpu {re.sub('[(](R|TM)[)]', '', facts['cpu'] or '')}"
+  return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def versions() -> dict[str, str]:
   found = {"python": platform.python_version()}
   for name in ("jax", "jaxlib", "optax", "numpy", "sedjax", "scikit-learn", "traker", "torch"):
@@ -574,7 +580,7 @@ def store(argv: list[str], args: argparse.Namespace, version: Section, measured:
     "versions": versions(),
   }
   folder = ROOT / "out" / "benchmarks" if args.smoke else ROOT / "benchmarks" / "results"
-  file = folder / f"{re.sub('[^a-z0-9]+', '-', device['kind'].lower()).strip('-')}.json"
+  file = folder / f"{device_name(device)}.json"
   old: dict[str, Section] = json.loads(file.read_text()) if file.exists() else {}
   if args.only is None or any(section["made_by"]["device"] != device for section in old.values()):
     old = {}  # numbers of another machine do not belong beside these
