@@ -418,7 +418,7 @@ def by_jacobi(rows: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def by_householder(rows: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
   del rows
-  return jax.vmap(_eigen.solve)(gram)
+  return _eigen.solve_each(gram)
 
 
 def by_kernel(rows: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
