@@ -83,21 +83,21 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     ValueError: a value cannot be read.
   """
   windows = _integers("--window", args.window)
-  groups = {}
+  groups: list[tuple[str, str | None]] = []
   if args.leave_out is not None:
-    groups[_pattern("--leave-out", args.leave_out)] = None
-  groups |= {_pattern("--group", pattern): name for name, pattern in (_pair("--group", text) for text in args.group)}
+    groups.append((_pattern("--leave-out", args.leave_out), None))
+  groups += [(_pattern("--group", pattern), name) for name, pattern in (_pair("--group", text) for text in args.group)]
   if args.leave_out is not None and not args.group:
-    groups[""] = "kept"
+    groups.append(("", "kept"))
   return {
     "window": windows[0] if len(windows) == 1 else windows,
     "every": args.every,
     "k_max": args.k_max,
     "sketch": _sketch(args.sketch, args.seed),
-    "groups": groups or None,
+    "groups": _once("--group", groups) or None,
     "momentum": args.momentum,
     "steps": None if args.steps is None else _integers("--steps", args.steps),
-    "rename": dict(_pair("--rename", text) for text in args.rename) or None,
+    "rename": _once("--rename", [_pair("--rename", text) for text in args.rename]) or None,
     "transpose": args.transpose,
   }
 
@@ -114,6 +114,17 @@ def _pair(name: str, text: str) -> tuple[str, str]:
   if not before or not sign:
     raise ValueError(f"sedjax analyze: {name} must have the form A=B, got {text!r}.")
   return before, after
+
+
+def _once(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """The pairs as a dict, which would keep only the last one of a key."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    also = " (--leave-out counts)" if name == "--group" else ""
+    raise ValueError(f"sedjax analyze: {name} must name a pattern once{also}, got {twice!r} twice; leave one out.")
+  return found
 
 
 def _pattern(name: str, text: str) -> str:

@@ -356,8 +356,18 @@ def _torch_info(tensor: Any, why_not: str) -> TensorInfo:
     return TensorInfo(shape, None, why_not or f"dtype {tensor.dtype} cannot be read")
   if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
     return TensorInfo(shape, None, why_not or "it repeats fewer numbers, as torch.Tensor.expand does")
-  storage = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel())
-  return TensorInfo(shape, dtype, why_not, storage if tensor.numel() else None)
+  return TensorInfo(shape, dtype, why_not, _torch_memory(tensor) if tensor.numel() else None)
+
+
+def _torch_memory(tensor: Any) -> tuple[Any, ...]:
+  """Which numbers of which storage a tensor holds, whatever the order and grouping of its axes."""
+  steps: list[tuple[int, int]] = []  # stride and size of axes, those that lie side by side as one
+  for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    if steps and stride == steps[-1][0] * steps[-1][1]:
+      steps[-1] = (steps[-1][0], steps[-1][1] * size)
+    elif size > 1:
+      steps.append((stride, size))
+  return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.element_size(), *steps
 
 
 def _torch_dtype(dtype: Any) -> np.dtype | None:

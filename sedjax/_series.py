@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import itertools
+import operator
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -64,10 +65,15 @@ def find_series(files: Path | Iterable[Path], steps: Sequence[int] | None) -> li
       what = "no file matches" if glob.has_magic(pattern) else "there is no file"
       raise CheckpointError(f"sedjax analyze: {what} {pattern!r}; quote the pattern and check the folder.")
     found += matching
+  if not found:
+    raise CheckpointError("sedjax analyze: no file was given; give a pattern or the checkpoints' names.")
   if steps is None:
     numbers = _steps_from_names(found)
   else:
-    numbers = [int(step) for step in steps]
+    try:
+      numbers = [operator.index(step) for step in steps]
+    except TypeError:
+      raise CheckpointError(f"sedjax analyze: steps must be whole numbers, got {steps!r}.") from None
     if len(numbers) != len(found):
       raise CheckpointError(f"sedjax analyze: {len(numbers)} steps were given for {len(found)} checkpoints.")
     for (file, step), (later, other) in itertools.pairwise(zip(found, numbers, strict=True)):

@@ -309,6 +309,20 @@ def _observe_params(
   return new._replace(rows=_write(rows, cursor, row, new))
 
 
+def _check_step(step: Any) -> None:
+  dtype, shape = getattr(step, "dtype", None), getattr(step, "shape", None)
+  if isinstance(step, int) and not isinstance(step, bool):
+    fits = abs(step) <= _INT_MAX
+  else:
+    fits = dtype is not None and shape == () and jnp.issubdtype(dtype, jnp.integer)
+  if not fits:
+    given = repr(step) if dtype is None else f"{dtype}{list(shape or ())}"
+    raise ValueError(
+      f"track_spectral_edge: sed_step must be an integer scalar of 32 bits, got {given}; pass the number of steps "
+      "before this one, a single one under vmap, too."
+    )
+
+
 @with_promotion
 def observe(
   config: Config,
@@ -333,7 +347,7 @@ def observe(
     The new state; its reports are new where a row was completed.
 
   Raises:
-    ValueError: params are needed and absent.
+    ValueError: params are needed and absent, or `step` is no integer scalar.
 
   Cost: one read of the updates, and a Gram column and an eigenproblem of W rows once a row.
   """
@@ -341,6 +355,8 @@ def observe(
     raise ValueError(
       "track_spectral_edge: source='params' needs the parameters, got None; call tx.update(updates, state, params)."
     )
+  if step is not None:
+    _check_step(step)
   from_params = config.source == "params"
   tree = params if from_params else updates
   layout = layout_of(tree, config.groups, specs)

@@ -288,6 +288,29 @@ def test_tied_tensors_buffers_and_prefixes(tmp_path, series):
       assert line in left_out.splitlines(), left_out
 
 
+def test_views_of_other_numbers_are_not_tied():
+  """Tensors of one storage are tied where they hold the same numbers, in whatever shape or order of axes."""
+  torch = pytest.importorskip("torch")
+  base = torch.arange(64.0).reshape(8, 8)
+
+  def memory(tensor):
+    return _readers._torch_memory(tensor)
+
+  same = (base, base.t(), base.reshape(-1), base.reshape(2, 4, 8), base[None], base.permute(1, 0)[:, None])
+  assert len({memory(tensor) for tensor in same}) == 1
+  others = (base[:4], base[:, :4], base[1::2], base.reshape(-1)[::2], base[4:], base.view(torch.int32)[:2])
+  assert len({memory(tensor) for tensor in others}) == len(others)
+
+
+@pytest.mark.parametrize(
+  ("given", "steps", "said"),
+  [([], None, "no file was given"), (None, np.arange(9) + 0.5, "whole numbers"), (None, "012345678", "whole numbers")],
+)
+def test_files_and_steps_that_are_none(files, given, steps, said):
+  with pytest.raises(checkpoints.CheckpointError, match=said):
+    checkpoints.analyze(files if given is None else given, window=3, steps=steps)
+
+
 def test_copies_that_part_ways_are_not_tied(tmp_path, series):
   """An average of the parameters begins as a copy of them."""
   series = [{**params, "ema/emb": series[i // 2]["emb"]} for i, params in enumerate(series)]
@@ -822,6 +845,9 @@ def test_names_that_are_no_text(tmp_path, files, monkeypatch):
     (["--leave-out", ""], "--leave-out must not be empty, as all paths have that; give '.' to mean all"),
     (["--leave-out", "("], "--leave-out must be a regular expression, got '('"),
     (["--group", "a="], "--group must not be empty"),
+    (["--leave-out", "w", "--group", "a=w"], "--group must name a pattern once (--leave-out counts), got 'w' twice"),
+    (["--group", "a=w", "--group", "b=w"], "--group must name a pattern once (--leave-out counts), got 'w' twice"),
+    (["--rename", "a=b", "--rename", "a=c"], "--rename must name a pattern once, got 'a' twice"),
     (["--sketch", "count:1000000000000"], "must be from 1 to 16,777,216, got 'count:1000000000000'"),
     (["--sketch", "gaussian:16777217"], "must be from 1 to 16,777,216, got 'gaussian:16777217'"),
     (["--sketch", "count:0"], "must be from 1 to 16,777,216, got 'count:0'"),

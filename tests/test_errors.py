@@ -81,6 +81,14 @@ def test_params_are_needed(jit):
     update(PARAMS, tx.init(PARAMS))
 
 
+@pytest.mark.parametrize("step", [1.5, True, "a", 2**40, jnp.float32(1), jnp.zeros(1, jnp.int32)], ids=str)
+@pytest.mark.parametrize("source", ["updates", "params"])
+def test_steps_that_are_no_integers(step, source):
+  tx = track(source=source)
+  with pytest.raises(ValueError, match=r"sed_step must be an integer scalar of 32 bits, got "):
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS, sed_step=step)
+
+
 OTHER_TREES = {
   "another shape": {"w": jnp.ones((3, 5)), "b": jnp.ones(4)},
   "another path": {"w": jnp.ones((3, 4)), "c": jnp.ones(4)},
