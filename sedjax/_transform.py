@@ -9,7 +9,7 @@ import jax
 import optax
 
 from sedjax import _placement, core
-from sedjax._layout import layout_of, shapes_by_path, tree_id
+from sedjax._layout import is_inexact, layout_of, shapes_by_path, tree_id
 from sedjax._types import Report
 
 
@@ -17,6 +17,13 @@ class SpectralEdgeState(NamedTuple):
   """State of `track_spectral_edge`: the core's state under the tracker's name."""
 
   trackers: dict[str, core.TrackerState]
+
+
+def _with_integers_of(updates: Any, params: Any) -> Any:
+  """Updates, but integers where the parameters are: optimizers make floats even of those, which are not tracked."""
+  if jax.tree.structure(updates) != jax.tree.structure(params):
+    return updates
+  return jax.tree.map(lambda update, leaf: update if is_inexact(leaf) else leaf, updates, params)
 
 
 def track_spectral_edge(
@@ -99,7 +106,8 @@ def track_spectral_edge(
     updates: Any, state: Any, params: Any = None, *, sed_step: Any = None, **extra_args: Any
   ) -> tuple[Any, Any]:
     del extra_args
-    watched = params if source == "params" and params is not None else updates
+    seen_updates = _with_integers_of(updates, params)
+    watched = params if source == "params" and params is not None else seen_updates
     specs = blocks.specs(shapes_by_path(watched)) if blocks else None
     if any(seen.values()) and tree_id(layout_of(watched, groups, specs)) not in seen:
       raise ValueError(core.TREE_CHANGED)
@@ -110,7 +118,7 @@ def track_spectral_edge(
         "tx.update returned, or sedjax.migrate it to this optimizer."
       )
     with jax.named_scope("sedjax"):
-      tracker = core.observe(config, state.trackers[name], updates, params, sed_step, specs)
+      tracker = core.observe(config, state.trackers[name], seen_updates, params, sed_step, specs)
     return updates, SpectralEdgeState({name: tracker})
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -516,3 +516,22 @@ def test_complex_and_integer_leaves(sketch):
   tolerance = 1e-5 if sketch is EXACT else 0.2  # five standard errors of a sketch of 512
   np.testing.assert_allclose(reports.singular_values[-1], truth["singular_values"], rtol=tolerance)
   assert int(reports.status[-1]) & Status.UNTRACKED
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adam(0.1), optax.clip(1.0)], ids=["sgd", "adam", "clip"])
+def test_integers_of_which_an_optimizer_makes_floats(optimizer):
+  """They are not tracked, whatever their updates are."""
+  params = {"w": jnp.ones((4, 3)), "n": jnp.arange(3)}
+  tx = optax.chain(optimizer, sedjax.track_spectral_edge(window=3))
+  alone = optax.chain(optimizer, sedjax.track_spectral_edge(window=3))
+  state, other = tx.init(params), alone.init({"w": params["w"]})
+  for i in range(4):
+    gradients = {"w": jnp.full((4, 3), i + 1.0), "n": jnp.zeros(3, jnp.int32)}
+    updates, state = jax.jit(tx.update)(gradients, state, params)
+    _, other = jax.jit(alone.update)({"w": gradients["w"]}, other, {"w": params["w"]})
+    assert jnp.issubdtype(updates["n"].dtype, jnp.floating)
+  found, wanted = sedjax.get_report(state), sedjax.get_report(other)
+  assert found.count == wanted.count == 4
+  np.testing.assert_allclose(found.last_update_norm, wanted.last_update_norm, rtol=1e-5)
+  # Adam's updates are alike, so that smaller singular values are rounding.
+  np.testing.assert_allclose(found.singular_values, wanted.singular_values, rtol=1e-5, atol=1e-3)
