@@ -94,7 +94,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     "every": args.every,
     "k_max": args.k_max,
     "sketch": _sketch(args.sketch, args.seed),
-    "groups": _once("--group", groups) or None,
+    "groups": _once("--leave-out and --group", groups) or None,
     "momentum": args.momentum,
     "steps": None if args.steps is None else _integers("--steps", args.steps),
     "rename": _once("--rename", [_pair("--rename", text) for text in args.rename]) or None,
@@ -122,8 +122,7 @@ def _once(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(found) < len(pairs):
     keys = [key for key, _ in pairs]
     twice = next(key for key in keys if keys.count(key) > 1)
-    also = " (--leave-out counts)" if name == "--group" else ""
-    raise ValueError(f"sedjax analyze: {name} must name a pattern once{also}, got {twice!r} twice; leave one out.")
+    raise ValueError(f"sedjax analyze: {name} must name a pattern once, got {twice!r} twice; leave one out.")
   return found
 
 

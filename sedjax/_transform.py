@@ -106,8 +106,8 @@ def track_spectral_edge(
     updates: Any, state: Any, params: Any = None, *, sed_step: Any = None, **extra_args: Any
   ) -> tuple[Any, Any]:
     del extra_args
-    seen_updates = _with_integers_of(updates, params)
-    watched = params if source == "params" and params is not None else seen_updates
+    from_params = source == "params" and params is not None
+    watched = params if from_params else _with_integers_of(updates, params)
     specs = blocks.specs(shapes_by_path(watched)) if blocks else None
     if any(seen.values()) and tree_id(layout_of(watched, groups, specs)) not in seen:
       raise ValueError(core.TREE_CHANGED)
@@ -118,7 +118,7 @@ def track_spectral_edge(
         "tx.update returned, or sedjax.migrate it to this optimizer."
       )
     with jax.named_scope("sedjax"):
-      tracker = core.observe(config, state.trackers[name], seen_updates, params, sed_step, specs)
+      tracker = core.observe(config, state.trackers[name], watched, params, sed_step, specs)
     return updates, SpectralEdgeState({name: tracker})
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

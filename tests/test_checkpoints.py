@@ -306,7 +306,7 @@ def test_views_of_other_numbers_are_not_tied():
   ("given", "steps", "said"),
   [([], None, "no file was given"), (None, np.arange(9) + 0.5, "whole numbers"), (None, "012345678", "whole numbers")],
 )
-def test_files_and_steps_that_are_none(files, given, steps, said):
+def test_no_files_and_steps_that_are_no_numbers(files, given, steps, said):
   with pytest.raises(checkpoints.CheckpointError, match=said):
     checkpoints.analyze(files if given is None else given, window=3, steps=steps)
 
@@ -845,8 +845,8 @@ def test_names_that_are_no_text(tmp_path, files, monkeypatch):
     (["--leave-out", ""], "--leave-out must not be empty, as all paths have that; give '.' to mean all"),
     (["--leave-out", "("], "--leave-out must be a regular expression, got '('"),
     (["--group", "a="], "--group must not be empty"),
-    (["--leave-out", "w", "--group", "a=w"], "--group must name a pattern once (--leave-out counts), got 'w' twice"),
-    (["--group", "a=w", "--group", "b=w"], "--group must name a pattern once (--leave-out counts), got 'w' twice"),
+    (["--leave-out", "w", "--group", "a=w"], "--leave-out and --group must name a pattern once, got 'w' twice"),
+    (["--group", "a=w", "--group", "b=w"], "--leave-out and --group must name a pattern once, got 'w' twice"),
     (["--rename", "a=b", "--rename", "a=c"], "--rename must name a pattern once, got 'a' twice"),
     (["--sketch", "count:1000000000000"], "must be from 1 to 16,777,216, got 'count:1000000000000'"),
     (["--sketch", "gaussian:16777217"], "must be from 1 to 16,777,216, got 'gaussian:16777217'"),
