@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from sedjax._dataset import storable
@@ -97,7 +98,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     "groups": _once("--leave-out and --group", groups) or None,
     "momentum": args.momentum,
     "steps": None if args.steps is None else _integers("--steps", args.steps),
-    "rename": _once("--rename", [_pair("--rename", text) for text in args.rename]) or None,
+    "rename": _once("--rename", [_pair("--rename", text, str.rpartition) for text in args.rename]) or None,
     "transpose": args.transpose,
   }
 
@@ -109,8 +110,8 @@ def _integers(name: str, text: str) -> tuple[int, ...]:
     raise ValueError(f"sedjax analyze: {name} must be whole numbers separated by commas, got {text!r}.") from None
 
 
-def _pair(name: str, text: str) -> tuple[str, str]:
-  before, sign, after = text.partition("=")
+def _pair(name: str, text: str, split: Callable[[str, str], tuple[str, str, str]] = str.partition) -> tuple[str, str]:
+  before, sign, after = split(text, "=")
   if not before or not sign:
     raise ValueError(f"sedjax analyze: {name} must have the form A=B, got {text!r}.")
   return before, after

@@ -21,12 +21,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-# Keys under which training scripts keep the parameters beside an optimizer's state.
-_MODEL_KEYS = ("params", "model", "model_state_dict", "state_dict")
-_MODULE_KEYS = ("net", "network", "module")  # which modules have, too
-_TRAINING = re.compile(r"opt|sched|step|epoch|iter|rng|loss|scaler|stats")
-# Keys beside parameters under other names.
-_OPTIMIZER = re.compile(r"optim|^opt(_|$)")
+from sedjax._training import flatten, is_list, model_keys, within
+
 # What PyTorch mapped and touched counts as the process's memory until it is unmapped.
 _MAPPED = 2**28
 
@@ -322,10 +318,10 @@ class TorchReader(Reader):
         raise ReadError(f"it holds a {type(loaded).__name__}, not a dict of tensors")
       self._tensors: dict[str, Any] = {}
       self.tensors, self._touched = {}, 0
-      inside = _model_keys(loaded, lambda value: isinstance(value, torch.Tensor), anywhere=True)
-      for names, value in _flatten(loaded):
+      inside = model_keys(loaded, lambda value: isinstance(value, torch.Tensor), anywhere=True)
+      for names, value in flatten(loaded):
         if isinstance(value, torch.Tensor):
-          names, why_not = _within(names, inside)
+          names, why_not = within(names, inside)
           name = _new(".".join(names), self.tensors)
           self._tensors[name] = value.detach()
           self.tensors[name] = _torch_info(value, why_not)
@@ -411,14 +407,14 @@ class OrbaxReader(Reader):
       self._tree: Any = getattr(found, "tree", found)
       if self._tree is None:  # orbax logs why, and goes on
         raise ReadError("it is a damaged orbax checkpoint, whose metadata cannot be read")
-      inside = _model_keys(self._tree, lambda value: hasattr(value, "shape"), anywhere=False)
+      inside = model_keys(self._tree, lambda value: hasattr(value, "shape"), anywhere=False)
       self._in_lists = _has_lists(self._tree)
       self.tensors, self._keys = {}, {}
-      for keys, value in _flatten(self._tree):
+      for keys, value in flatten(self._tree):
         shape = getattr(value, "shape", None)
         if shape is None or getattr(value, "dtype", None) is None:
           continue
-        names, why_not = _within(keys, inside)
+        names, why_not = within(keys, inside)
         name = _new("/".join(names), self.tensors)
         if type(value).__name__ == "ScalarMetadata":
           why_not = why_not or "it is a Python number"
@@ -476,61 +472,14 @@ def _placeholders(tree: Any) -> Any:
   """The tree with orbax's placeholder for each leaf."""
   if isinstance(tree, Mapping):
     return {key: _placeholders(value) for key, value in tree.items()}
-  return [_placeholders(value) for value in tree] if _is_list(tree) else ...
+  return [_placeholders(value) for value in tree] if is_list(tree) else ...
 
 
 def _has_lists(tree: Any) -> bool:
-  return _is_list(tree) or (isinstance(tree, Mapping) and any(map(_has_lists, tree.values())))
+  return is_list(tree) or (isinstance(tree, Mapping) and any(map(_has_lists, tree.values())))
 
 
-# ---- trees ----
-
-
-def _flatten(tree: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-  """Keys and leaves of nested dicts and lists, in their order."""
-  if isinstance(tree, Mapping):
-    for key, value in tree.items():
-      yield from _flatten(value, (*names, str(key)))
-  elif _is_list(tree):
-    for i, value in enumerate(tree):
-      yield from _flatten(value, (*names, str(i)))
-  elif names:
-    yield names, tree
-
-
-def _is_list(tree: Any) -> bool:
-  return isinstance(tree, list | tuple) and not hasattr(tree, "shape")
-
-
-def _model_keys(tree: Any, is_tensor: Any, anywhere: bool) -> tuple[str, ...] | None:
-  """The keys under which a training state keeps the parameters; None where the tree is the parameters.
-
-  Those are under one of the usual names, beside which something belongs to training. Without it a submodule may have
-  the name, unless it is "params", or `anywhere` is True, there are no tensors beside it, and modules seldom have it.
-  """
-  if not isinstance(tree, Mapping):
-    return None
-  inner = {str(key): value for key, value in tree.items() if isinstance(value, Mapping)}
-  full = [key for key, value in inner.items() if any(is_tensor(x) for _, x in _flatten(value))]
-  for key in (*_MODEL_KEYS, *_MODULE_KEYS):
-    if key in full:
-      alone = anywhere and not any(map(is_tensor, tree.values())) and (key in _MODEL_KEYS or full == [key])
-      if alone or key == "params" or any(_TRAINING.search(str(other)) for other in tree if other != key):
-        return (key,)
-  if len(inner) == 1:
-    ((key, only),) = inner.items()
-    found = _model_keys(only, is_tensor, False)
-    return None if found is None else (key, *found)
-  return None
-
-
-def _within(names: tuple[str, ...], inside: tuple[str, ...] | None) -> tuple[tuple[str, ...], str]:
-  """A tensor's names within the model, or all of them and why it is not one of the model."""
-  if inside is not None and names[: len(inside)] != inside:
-    return names, f"outside of {'/'.join(inside)!r}"
-  if inside is None and len(names) > 1 and _OPTIMIZER.search(names[0]):
-    return names, "outside of the model, as its name says"
-  return names[len(inside or ()) :], ""
+# ---- names ----
 
 
 def _new(name: str, known: Mapping[str, Any]) -> str:
@@ -551,7 +500,10 @@ _IN_FOLDERS = (
 
 
 def checkpoint_file(path: pathlib.Path) -> pathlib.Path:
-  """The file to open for a path: a folder that Hugging Face saved stands for the model's file in it."""
+  """The file to open for a path: a folder that Hugging Face saved stands for the model's file in it.
+
+  Beside safetensors the same model may lie as PyTorch's files, of which the former are taken.
+  """
   return next((path / name for name in _IN_FOLDERS if (path / name).exists()), path)
 
 
@@ -573,7 +525,7 @@ def open_checkpoint(path: pathlib.Path) -> Reader:
   Raises:
     ReadError: it does not exist, is damaged, or is of no known format.
   """
-  path = checkpoint_file(path)
+  given, path = path, checkpoint_file(path)
   if not path.exists():
     raise ReadError("it does not exist")
   if path.is_dir():
@@ -583,6 +535,11 @@ def open_checkpoint(path: pathlib.Path) -> Reader:
   if not path.is_file():
     raise ReadError("it is neither a file nor a folder")
   if path.name.endswith(".index.json"):
+    single = given / path.name.removesuffix(".index.json")
+    if single.exists() and single not in files_of(path):
+      raise ReadError(
+        f"this folder has both {single.name} and {path.name}, which may differ; give one of the two files"
+      )
     return ShardedReader(path)
   readers = {".safetensors": SafetensorsReader, ".npz": NpzReader}
   readers |= dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), TorchReader)

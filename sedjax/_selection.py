@@ -20,6 +20,7 @@ from sedjax._dataset import WHOLE
 from sedjax._layout import layout_of
 from sedjax._readers import Reader, ReadError, TensorInfo, open_checkpoint
 from sedjax._series import CheckpointError, Entry, about, error_at
+from sedjax._training import model_names
 
 Groups = Mapping[str, str | None] | Callable[[str], Hashable | None]
 
@@ -82,11 +83,24 @@ class Selection:
     return sum(leaf.info.size * leaf.dtype.itemsize for leaf in self.leaves)
 
 
-def _paths(tensors: Iterable[str], rename: tuple[tuple[str, str], ...]) -> dict[str, str]:
+def _components(name: str) -> tuple[str, ...]:
+  """What a tensor's name consists of, less what wrappers add."""
+  parts = tuple(name.split("/") if "/" in name else name.split("."))
+  return tuple(part for part in parts if part not in _WRAPPERS) or parts
+
+
+def _in_model(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+  """The names of the model's tensors with their components within it, and of all others why they are none."""
+  outside = {name: info.why_not for name, info in tensors.items() if info.why_not.startswith("outside of")}
+  split = {name: _components(name) for name in tensors if name not in outside}
+  inside, others = model_names(split.values(), joined=any("/" in name for name in split))
+  outside |= {name: others[parts] for name, parts in split.items() if parts in others}
+  return {name: parts[len(inside) :] for name, parts in split.items() if name not in outside}, outside
+
+
+def _paths(names: Mapping[str, tuple[str, ...]], rename: tuple[tuple[str, str], ...]) -> dict[str, str]:
   """The tensors' names in the file by their paths."""
-  names = list(tensors)
-  split = [name.split("/") if "/" in name else name.split(".") for name in names]
-  split = [[part for part in parts if part not in _WRAPPERS] or parts for parts in split]
+  split = list(names.values())
   for common in ("module", "params"):
     while split and all(len(parts) > 1 and parts[0] == common for parts in split):
       split = [parts[1:] for parts in split]
@@ -104,10 +118,6 @@ def _paths(tensors: Iterable[str], rename: tuple[tuple[str, str], ...]) -> dict[
       raise ReadError(f"tensors {paths[path]!r} and {name!r} both have the path {path!r}; check rename")
     paths[path] = name
   return paths
-
-
-def _in_model(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-  return {name: info for name, info in tensors.items() if not info.why_not.startswith("outside of")}
 
 
 def _why_not(path: str, info: TensorInfo) -> str:
@@ -151,10 +161,10 @@ class Reading:
     self._alone: Any = contextlib.nullcontext() if self.in_parts else threading.Lock()
     try:
       with about(entry):
-        self.names = _paths(_in_model(self._reader.tensors), rename)
-        outside = self._reader.tensors.keys() - self.names.values()
+        inside, outside = _in_model(self._reader.tensors)
+        self.names = _paths(inside, rename)
       self.infos = {path: self._reader.tensors[name] for path, name in self.names.items()}
-      self.outside = {name: self._reader.tensors[name] for name in self._reader.tensors if name in outside}
+      self.outside = {name: self._reader.tensors[name]._replace(why_not=why) for name, why in outside.items()}
     except BaseException:
       self.close()
       raise

@@ -16,9 +16,11 @@ from sedjax._readers import ReadError
 Path = str | os.PathLike[str]
 LARGEST_NORM = 1e36  # of a change: reports have norms in float32, of several changes together
 # What shows that digits in a name are no whole number by themselves: a fraction, a power of ten, thousands set apart or
-# as a letter; before them also a sign, unless it only parts words.
-_AFTER = re.compile(r"[.,']\d|_000(?!\d)|[eE][-+]?\d|[kKmMbBgGtT](?![a-zA-Z])|[kKMBGT](?=tok|step|iter|img)")
-_BEFORE = re.compile(r"(\d[.,']|\d[eE][-+]?|(^|[\s_=/(])[-+])$")
+# as a letter or word; before them also 0x, or a sign, unless it only parts words.
+_AFTER = re.compile(
+  r"[.,']\d|[_ ]000(?!\d)|[eE][-+]?\d|[kKmMbBgGtT](?![a-zA-Z])|[kKMBGT](?=tok|step|iter|img)|mil(?!e)|thousand|billion"
+)
+_BEFORE = re.compile(r"(\d[.,']|\d[eE][-+]?|(?<!\d)0[xX]|(^|[\s_=/(])[-+])$")
 
 
 class CheckpointError(ValueError):

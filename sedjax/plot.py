@@ -15,6 +15,7 @@ Arguments that all share:
 
 from __future__ import annotations
 
+import re
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -593,8 +594,9 @@ def _label(record: xr.Dataset, name: str, width: int = 30) -> str:
 
 
 def _plain(text: str) -> str:
-  """Text of the record as matplotlib has to be given it: a dollar sign would begin a formula."""
-  return " ".join(text.split()).replace("$", r"\$")
+  """Text of the record as matplotlib has to be given it: a dollar sign would begin a formula, and control characters
+  have no glyphs."""
+  return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()).replace("$", r"\$")
 
 
 def _short(name: str, length: int = 28) -> str:

@@ -92,7 +92,8 @@ class Recorder:
     tracker: the keyword arguments that `track_spectral_edge` was given; kept as attributes.
     windows: needed only where reports, and not states, are appended: the tracker's windows, ascending.
     groups: likewise, the groups' names, the first the whole model.
-    seeds: names of the seeds of a vmapped state, ints or strings; None for 0, 1, ….
+    seeds: names of the seeds of a vmapped state, ints or strings; None for 0, 1, …, or for those of a record that is
+      continued.
     attrs: further attributes: text, numbers or lists of numbers.
     sinks: each is called in the writer thread as `sink(step, scalars)`, with a dict of floats by name, and
       `sink.close()` at the end; see `sedjax.sinks`. Series come with the steps at which they are logged.
@@ -442,7 +443,8 @@ class Recorder:
     elif self._tracked:
       sketch_id = list(self._config.sketch.sketch_id)
     shape = np.shape(host.k_star)
-    seeds = self._seeds if self._seeds is not None else list(range(shape[0] if len(shape) == 3 else 1))
+    names = self._seeds if self._layout is None else self._layout["seeds"]
+    seeds = names if names is not None else list(range(shape[0] if len(shape) == 3 else 1))
     new = {"windows": list(windows), "groups": groups, "seeds": seeds, "sketch_id": sketch_id}
     if (problem := self._problem(new)) is not None:
       raise ValueError(problem)

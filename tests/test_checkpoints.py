@@ -31,6 +31,7 @@ from sedjax import (
   _store,
   _streams,
   _strided,
+  _training,
   checkpoints,
 )
 from sedjax._null import row_covariance
@@ -352,7 +353,62 @@ def test_where_a_training_state_keeps_its_parameters(tree, inside):
     return [*map(arrays, node)] if isinstance(node, list) else np.ones(3) if node == 1 else node
 
   for anywhere in (False, True):
-    assert _readers._model_keys(arrays(tree), lambda value: isinstance(value, np.ndarray), anywhere) == inside
+    assert _training.model_keys(arrays(tree), lambda value: isinstance(value, np.ndarray), anywhere) == inside
+
+
+STATE = {  # names of the parameters and of what lies beside them in one flat file
+  "npz of a train state": ("params/{}", ["ema_params/{}", "opt_state/0/mu/{}", "opt_state/0/nu/{}", "step"]),
+  "within a state": ("state/params/{}", ["state/opt_state/0/mu/{}", "state/batch_stats/{}/mean", "epoch"]),
+  "a target network": ("params/{}", ["target_params/{}"]),
+  "opt": ("params/{}", ["opt/0/trace/{}"]),
+  "parameters without a name": ("{}", ["opt_state/0/mu/{}", "ema/{}"]),
+  "dotted": ("model.{}", ["optimizer.state.exp_avg.{}", "optimizer.state.exp_avg_sq.{}", "model_ema.{}"]),
+  "dotted, wrapped": ("module.{}", ["optim.0.momentum_buffer.{}"]),
+  "moments in front": ("{}", ["exp_avg.{}", "exp_avg_sq.{}"]),
+  "linen": ("params.{}", ["batch_stats.{}.mean"]),
+}
+
+
+@pytest.mark.parametrize("case", STATE)
+def test_training_states_under_flat_names(tmp_path, series, record, case):
+  """What belongs to the optimizer changes, and by more than the parameters, which alone are taken."""
+  name, beside = STATE[case]
+  join = dotted if "." in name + beside[0] else dict
+
+  def save(path, params):
+    own = {name.format(key): x for key, x in join(params).items()}
+    others = {other.format(key): 1e3 * x for other in beside for key, x in join(params).items()}
+    safetensors.save_file(others | own, path)
+
+  found = checkpoints.analyze(write(tmp_path, series, save, ".safetensors"), window=(3, 5), groups=GROUPS)
+  assert found.attrs["parameters_taken"] == record.attrs["parameters_taken"]
+  assert_same(found, record)
+  assert found.attrs["parameters_left_out"].count("outside of") >= len(set(beside) - {"step", "epoch"})
+
+
+@pytest.mark.parametrize(
+  "names",
+  [
+    ["model.h.w", "lm_head.w"],
+    ["model.h.w", "timestep_embed.w"],
+    ["params.0", "net.0.w"],
+    ["opt.decoder.w", "opt_proj.w", "qformer.w"],
+    ["a.mu.w", "a.nu.w"],
+    ["ema.w", "ema_gate.w", "optics.w", "model.w"],
+    ["w", "w/v"],
+  ],
+)
+def test_modules_that_are_named_as_training_states_are(names):
+  tensors = {name: _readers.TensorInfo((3,), np.dtype("f4")) for name in names}
+  inside, outside = _selection._in_model(tensors)
+  assert (["/".join(parts) for parts in inside.values()], outside) == ([name.replace(".", "/") for name in names], {})
+
+
+def test_a_head_beside_the_model_of_a_flat_training_state():
+  names = ["model.h.w", "lm_head.w", "optimizer.state.exp_avg.w"]
+  inside, outside = _selection._in_model({name: _readers.TensorInfo((3,), np.dtype("f4")) for name in names})
+  assert [*inside] == names[:2]
+  assert outside == {names[2]: "outside of the model, as its name says"}
 
 
 def test_optimizer_moments_beside_the_parameters(tmp_path, series, record):
@@ -641,6 +697,9 @@ def touched(folder, names, numbers):
     ("{}Mtok", "1M in "),
     ("step_{},000", "1,0 in "),
     ("step_{}_000", "1_000 in "),
+    ("step_{} 000", "1 000 in "),
+    ("step_0x{}", "0x1 in "),
+    ("{}million", "1mil in "),
     ("epoch_{}.0", "1.0 in "),
     ("epoch_0.{}", "0.1 in "),
     ("step_-{}", "_-1 in "),
@@ -655,9 +714,10 @@ def test_numbers_in_names_that_are_no_steps(tmp_path, names, shown):
   assert find_series(files, [1000 * i for i in range(1, 6)])[-1].step == 5000
 
 
-@pytest.mark.parametrize(
-  "names", ["checkpoint-{}", "{}", "0.5B_v1.5_step{}_lr1e-3", "step_{}k/model-{}", "epoch={}_512", "global_step{}"]
-)
+STEPS = ["checkpoint-{}", "{}", "0.5B_v1.5_step{}_lr1e-3", "step_{}k/model-{}", "epoch={}_512", "global_step{}"]
+
+
+@pytest.mark.parametrize("names", [*STEPS, "1024x{}", "{}milestone"])
 def test_numbers_in_names_that_are_steps(tmp_path, names):
   found = find_series(touched(tmp_path, names, ("01", "10", "9")), None)
   assert [entry.step for entry in found] == [1, 9, 10]
@@ -704,6 +764,21 @@ def test_a_damaged_last_checkpoint_keeps_the_rows_before(tmp_path, series, recor
     checkpoints.analyze(pattern, window=(3, 5), groups=GROUPS, out=tmp_path / "run.nc")
   with open_record(tmp_path / "run.nc") as kept:
     assert_same(kept, record.isel(step=slice(0, -1)))
+
+
+def test_a_folder_with_an_index_and_a_single_file(tmp_path, series, record):
+  """The index may list that file itself, or be what is left of another model."""
+  files = write(tmp_path / "a", series, *FORMATS["sharded"])
+  folder = tmp_path / "a" / "step_0"
+  safetensors.save_file(dotted(series[0]), folder / "model.safetensors")
+  message = "step_0.*both model.safetensors and model.safetensors.index.json, which may differ; give one"
+  with pytest.raises(checkpoints.CheckpointError, match=message):
+    checkpoints.analyze(files, window=(3, 5), groups=GROUPS)
+  found = checkpoints.analyze(f"{files}/model.safetensors.index.json", window=(3, 5), groups=GROUPS)
+  assert_same(found, record)
+  where = dict.fromkeys(dotted(series[0]), "model.safetensors")
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+  assert_same(checkpoints.analyze(files, window=(3, 5), groups=GROUPS), record)
 
 
 def test_an_orbax_checkpoint_with_lists(tmp_path, series):
@@ -826,6 +901,14 @@ def test_command(tmp_path, files, record, capsys):
   ):
     assert command(*words) == 1
     assert capsys.readouterr().err.startswith("sedjax analyze: ")
+
+
+def test_patterns_of_the_command_may_look_ahead(tmp_path, files):
+  """Whose sign of equality is not the one that parts pattern and name."""
+  out = tmp_path / "run.nc"
+  words = ["--window", "3", "--rename", "^(?=emb)=table/", "--group", "tables=^(?=table)"]
+  assert command(files, "-o", out, *words) == 0
+  assert "table/emb [130, 24]: group tables" in written(out).attrs["parameters_taken"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")

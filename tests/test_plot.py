@@ -183,7 +183,7 @@ def test_series_and_events(record):
 def test_text_of_the_record_is_no_formula(record):
   evil = r"$\foo{$_{"
   odd = record.assign_coords(seed=[f"{i}{evil}" for i in range(3)], group=["all", evil, "b"])
-  odd = odd.rename(loss=evil, loss_step=f"{evil}_step").assign(event=("event_step", [evil, "a\nb"]))
+  odd = odd.rename(loss=evil, loss_step=f"{evil}_step").assign(event=("event_step", [evil, "a\n\x07b\x9f"]))
   odd[evil].attrs.clear()
   many = odd.isel(seed=[0] * 9)  # whose series is a band
   for made, draw in [*((odd, draw) for draw in PICTURES.values()), *((r, series_of(evil)) for r in (odd, many))]:

@@ -818,6 +818,19 @@ def test_wrong_arguments(tmp_path):
   assert not journal_of(path).exists()
 
 
+@pytest.mark.parametrize("again", [None, ["a", "b", "c"]])
+def test_names_of_seeds_are_those_of_the_record_that_is_continued(tmp_path, again):
+  path, (states, _) = tmp_path / "run.nc", run(3)
+  with Recorder(path, seeds=["a", "b", "c"]) as recorder:
+    recorder.append(0, states[0])
+  with Recorder(path, seeds=again) as recorder:
+    recorder.append(1, states[1])
+    recorder.append(2, states[2])
+  found = open_record(path)
+  assert (found.seed.values.tolist(), found.step.values.tolist()) == (["a", "b", "c"], [0, 1, 2])
+  assert found["count"].values[2, :, 0, 0].tolist() == [3, 3, 3]
+
+
 def test_the_first_error_is_the_one_to_see(tmp_path):
   def run_and_fail():
     with recorder_of(tmp_path / "run.nc") as recorder:
