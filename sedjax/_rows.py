@@ -130,10 +130,21 @@ def _peak(leaves: Any, nan: bool = True) -> jax.Array:
   return jax.lax.sort(jnp.stack(peaks))[-1]
 
 
+def _of_groups(row: jax.Array, grouped: bool) -> jax.Array:
+  """float32[G, dim]: the whole model's row and, where there are groups, theirs."""
+  return jnp.concatenate([row.sum(0, keepdims=True), row]) if grouped else row
+
+
+def _peaks(row: jax.Array) -> jax.Array:
+  """float32[G]: the largest magnitudes in the rows of all groups; infinite for NaN."""
+  size = jnp.abs(row)
+  return jnp.max(jnp.where(jnp.isnan(size), jnp.inf, size), -1, initial=0)
+
+
 def largest(config: Config, layout: Layout, row: Any) -> jax.Array:
   """float32[]: the largest magnitude in a row and its sum over groups; infinite for NaN, 0 where it is empty."""
   if not config.exact:
-    return _peak([row] if config.groups is None else [row, row.sum(0)])
+    return jnp.max(_peaks(_of_groups(row, config.groups is not None)))
   return largest_leaf(layout, jax.tree.leaves(row))
 
 
@@ -191,21 +202,24 @@ def _effective_dim(squares: jax.Array, energy: jax.Array) -> jax.Array:
   the others each is held against what the others have, since it is a good part of the sum itself: then, too, the mean
   over draws is right within 40 %, however many buckets share however much of the energy (tested).
   """
-  fourth = squares**2
-  others = 3 * (energy - squares) ** 2 + 10 * (fourth.sum(-1, keepdims=True) - fourth)
-  shares = (fourth / jnp.maximum(others + fourth, 1e-30)).sum(-1)
+  fourth = squares * squares
+  total = 3 * energy * energy + 10 * fourth.sum(-1, keepdims=True)
+  # A bucket's share is s⁴ / (3(E - s²)² + 10(Σs⁴ - s⁴) + s⁴). The choices keep XLA on CPU from handing a library more
+  # than a sum, with which it takes ten times as long.
+  whole = jnp.where(total > 0, total, 1) - 6 * squares * (energy + squares)
+  shares = jnp.where(whole > 0, fourth / jnp.where(whole > 0, whole, 1), 0).sum(-1)
   return jnp.where(shares > 0, 1 / jnp.where(shares > 0, shares, 1), 0)
 
 
 def sketch_column(rows: Any, row: Any, slot: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`gram_column` for random sketches."""
+  """`gram_column` for random sketches; what is not finite counts as 0."""
   grouped = scales.shape[0] > row.shape[0]
-  if grouped:
-    row = jnp.concatenate([row.sum(0, keepdims=True), row])
-  scale = _gram.power_of_two(jnp.max(jnp.abs(row), -1, initial=0))
+  row = _of_groups(row, grouped)
+  peaks = _peaks(row)
+  scale = _gram.power_of_two(jnp.where(peaks < jnp.inf, peaks, 0))
   here = jnp.arange(scales.shape[-1], dtype=jnp.int32) == slot
   scales = jnp.where(here, scale[:, None], scales)
-  new = row / jnp.where(scale > 0, scale, 1)[:, None]
+  new = jnp.where(scale[:, None] > 0, row / jnp.where(scale > 0, scale, 1)[:, None], 0)
   squares = new * new
   energy = squares.sum(-1)
   dims = _effective_dim(squares, energy[:, None])

@@ -10,8 +10,9 @@ trackers, `params`) where every path begins with it. `rename` and `transpose` do
 give the sketch that a flax model has.
 
 Tensors. Integers, booleans, buffers (causal masks, rotary tables, running statistics) and everything outside of the
-model in a training state, by its keys or by names such as `opt_state/0/mu/w`, are left out, and said. Tied tensors count once: those that share memory in a PyTorch file,
-and matrices that are equal in the first and in the last checkpoint.
+model in a training state, by its keys or by names such as `opt_state/0/mu/w`, are left out, and said. Tied tensors
+count once: those that share memory in a PyTorch file, and matrices that are equal in the first and in the last
+checkpoint.
 """
 
 from __future__ import annotations

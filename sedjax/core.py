@@ -232,8 +232,11 @@ def _observe_updates(
     finite = largest(config, layout, row) < LARGEST
     row = jax.tree.map(lambda new, old: jnp.where(finite, new, old), row, current)
     used = jnp.where(first, 0, state.facts.steps[state.cursor]) + finite.astype(jnp.int32) - zero.astype(jnp.int32)
+    pushed_row = row
   else:
-    row = jax.tree.map(lambda new: jnp.where(finite, new, 0), row)
+    finite_row = jax.tree.map(lambda new: jnp.where(finite, new, 0), row)
+    # A sketch is pushed as it is, so that its largest number is sought once; what is not finite is not chosen below.
+    pushed_row, row = finite_row if config.exact else row, finite_row
     used = finite.astype(jnp.int32)
   elapsed = state.elapsed + (~zero).astype(jnp.int32)
   due = (elapsed >= config.every) & ~zero if step is None else (jnp.asarray(step) + 1) % config.every == 0
@@ -248,7 +251,7 @@ def _observe_updates(
   waiting = _without_rows(packed)._replace(counters=pack_counters(counted))
 
   def push(waiting: TrackerState) -> TrackerState:
-    pushed = _push(config, layout, unpack(waiting._replace(rows=state.rows)), row, used)
+    pushed = _push(config, layout, unpack(waiting._replace(rows=state.rows)), pushed_row, used)
     return _choose(complete, pushed, waiting)
 
   new = push(waiting) if config.every == 1 and step is None else jax.lax.cond(due, push, lambda x: x, waiting)
