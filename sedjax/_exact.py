@@ -15,7 +15,7 @@ from sedjax._ahead import Buffers, Progress, in_order
 from sedjax._compile import REPORT_OPTIONS, known, lowered_init, with_any_groups
 from sedjax._selection import Leaf, Reading, Selection
 from sedjax._series import LARGEST_NORM, Entry, error_at, too_large
-from sedjax._store import Store
+from sedjax._store import Store, check_unchanged, signature_of
 from sedjax._types import Report
 
 # NumPy's BLAS makes smaller products in one thread. Its threads spin while they wait for each other, and on a machine
@@ -108,6 +108,7 @@ def exact_series(
   size = max(1, min(max(leaf.info.size for leaf in selection.leaves), _EXACT_BYTES // (8 * (2 * reach + 3))))
   gram, fourth = np.zeros((len(selection.labels), rows, reach)), np.zeros((len(selection.labels), rows))
   large = np.full(rows, -1)  # the tensor with which a row became too long
+  signatures = [signature_of(entry) for entry in series]
   done, saved = 0, store.load()
   if saved is not None:
     done, gram, fourth, large = int(saved["done"]), saved["gram"], saved["fourth"], saved["large"]
@@ -139,6 +140,8 @@ def exact_series(
         large[(large < 0) & ~(gram[:, :, 0].sum(0) < LARGEST_NORM**2)] = done
         done += 1
         store.save({"done": done, "gram": gram, "fourth": fourth, "large": large})
+  for entry, signature in zip(series, signatures, strict=True):
+    check_unchanged(entry, signature)
   for i, report in _reports_of_gram(series, selection, gram, fourth):
     if large[i - 1] >= 0:
       raise too_large(series[i], selection.leaves[large[i - 1]].path, "the checkpoint before")

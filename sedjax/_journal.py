@@ -160,7 +160,7 @@ def read(file: BinaryIO, *, check_all: bool = False) -> Contents | None:
   series: dict[str, list[tuple[int, int, Any]]] = {}
   events: list[tuple[int, int, str]] = []
   lows: list[dict[str | None, float]] = []  # by session: its first step of rows (None) and of each series
-  end = damaged = 0
+  end, damaged, first_row = 0, 0, None
   for kind, payload, start, stop in frames(file, check_all=check_all):
     damaged += start - end
     if not lows and (kind != SESSION or json.loads(payload).get("format") != FORMAT):
@@ -169,6 +169,7 @@ def read(file: BinaryIO, *, check_all: bool = False) -> Contents | None:
     if kind == SESSION:
       new = json.loads(payload)
       same = new.pop("same", False)  # it adds to what the session's first frame says
+      first_row = new.pop("first_row", None)  # the step of the row that comes next, which may be damaged
       first = {name: value for name, value in layout.get("attrs", {}).items() if name == "created"}
       layout = new | {"attrs": {**layout.get("attrs", {}), **new["attrs"], **first}}
       if not same or not lows:
@@ -177,10 +178,10 @@ def read(file: BinaryIO, *, check_all: bool = False) -> Contents | None:
       step, _, fields = _ROW.unpack_from(payload)
       if damaged and None in lows[-1] and step <= rows[-1][1].step:  # the session's own frame is lost
         lows.append({})
-        session += 1
+        session, first_row = session + 1, None
       checks = np.frombuffer(payload, "<u4", fields, _ROW.size)
       rows.append((session, Row(step, start + _HEAD.size + len(payload), checks)))
-      lows[-1].setdefault(None, step)
+      lows[-1].setdefault(None, step if first_row is None else first_row)
     else:
       note = json.loads(payload)
       step = note["step"]

@@ -379,7 +379,7 @@ def _torch_array(flat: Any) -> np.ndarray:
   import torch  # pyright: ignore[reportMissingImports]
 
   dtype = _torch_dtype(flat.dtype)
-  if str(flat.dtype).removeprefix("torch.") == str(dtype) and dtype is not None and dtype.kind in "fciub":
+  if dtype is not None and dtype.isbuiltin == 1:
     return flat.numpy()
   return flat.view({1: torch.uint8, 2: torch.int16}[flat.element_size()]).numpy().view(dtype)
 

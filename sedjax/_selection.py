@@ -26,12 +26,14 @@ Groups = Mapping[str, str | None] | Callable[[str], Hashable | None]
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _REST = "rest"
+_STATISTICS = "running statistics"
 # By what follows in a path: why a tensor is a buffer.
 _BUFFERS = {
-  r"(running|moving)_(mean|var|variance)$|num_batches_tracked$|(^|/)batch_stats/": "running statistics",
+  r"(running|moving)_(mean|var|variance)$|num_batches_tracked$|(^|/)batch_stats/": _STATISTICS,
   r"inv_freq$|(cos|sin)_cached$|freqs_(cis|cos|sin)$|(rope|rotary)[^/]*/(cos|sin|freqs|cache)$": "a rotary table",
   r"(attn|attention)/(masked_bias|mask)$|(^|/)(causal|attn|attention)_mask$|(^|/)tril$": "a causal mask",
 }
+_NNX = {"mean", "var", "scale", "bias"}  # of a flax.nnx.BatchNorm: without a collection, but with nothing beside them
 _MASK = re.compile(r"(attn|attention|attn/attention)/bias$")  # with two axes or more; with one it is a parameter
 _EMBEDDING = re.compile(r"wte|emb|tok", re.IGNORECASE)
 _SAMPLE = 1024  # numbers by which tensors are compared before they are compared whole
@@ -120,8 +122,9 @@ def _paths(names: Mapping[str, tuple[str, ...]], rename: tuple[tuple[str, str], 
   return paths
 
 
-def _why_not(path: str, info: TensorInfo) -> str:
+def _why_not(path: str, infos: Mapping[str, TensorInfo]) -> str:
   """Why a tensor is not a parameter; empty where it is."""
+  info = infos[path]
   if info.why_not:
     return info.why_not
   if info.dtype is None or not jax.numpy.issubdtype(info.dtype, jax.numpy.inexact):
@@ -130,7 +133,18 @@ def _why_not(path: str, info: TensorInfo) -> str:
     return "it is empty"
   if _MASK.search(path) and len(info.shape) > 1:
     return "a causal mask"
+  if _is_statistic(path, infos):
+    return _STATISTICS
   return next((why for pattern, why in _BUFFERS.items() if re.search(pattern, path)), "")
+
+
+def _is_statistic(path: str, infos: Mapping[str, TensorInfo]) -> bool:
+  """Whether a tensor is a mean or variance that a flax.nnx.BatchNorm keeps beside its parameters."""
+  module, _, name = path.rpartition("/")
+  if name not in ("mean", "var") or len(infos[path].shape) != 1 or not module:
+    return False
+  own = {other.removeprefix(f"{module}/") for other in infos if other.startswith(f"{module}/")}
+  return {"mean", "var"} <= own <= _NNX
 
 
 def group_function(groups: Groups | None) -> Callable[[str], Hashable | None] | None:
@@ -185,8 +199,8 @@ class Reading:
       if info.dtype != leaf.info.dtype:
         raise error_at(self.entry, name, f"its dtype is {info.dtype}, in the first checkpoint it is {leaf.info.dtype}")
     known = selection.left_out.keys() | selection.tree.keys()
-    for path, info in self.infos.items():
-      if path in known - selection.no_parameters or _why_not(path, info):
+    for path in self.infos:
+      if path in known - selection.no_parameters or _why_not(path, self.infos):
         continue
       why = f"the first checkpoint {first.file} has no such tensor"
       if path in known:
@@ -254,7 +268,7 @@ def select(
 ) -> Selection:
   """What the first checkpoint holds and what of it is tracked."""
   with contextlib.closing(Reading(series[0], rename)) as first:
-    left_out = {path: (info.shape, _why_not(path, info)) for path, info in first.infos.items()}
+    left_out = {path: (info.shape, _why_not(path, first.infos)) for path, info in first.infos.items()}
     paths = sorted((path for path, (_, why) in left_out.items() if not why), key=lambda path: path.split("/"))
     tied: dict[str, str] = {}
     for entry in reversed(series):  # the last one that is whole: one that is damaged is told when it is reached

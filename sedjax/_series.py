@@ -96,9 +96,10 @@ def find_series(files: Path | Iterable[Path], steps: Sequence[int] | None) -> li
 
 
 def _matching(pattern: str) -> list[str]:
-  """The files that a pattern fits, whose folder may have brackets in its name."""
+  """The files that a pattern fits, whose folder, or all of it, may have brackets that stand for themselves."""
   folder, name = os.path.split(pattern)
-  return glob.glob(pattern, recursive=True) or glob.glob(os.path.join(glob.escape(folder), name))
+  others = os.path.join(glob.escape(folder), name), pattern.replace("[", "[[]")
+  return next(filter(None, (glob.glob(each, recursive=True) for each in (pattern, *others))), [])
 
 
 def _by_numbers(file: str) -> list[str | int]:

@@ -19,7 +19,7 @@ from sedjax._lock import locked
 from sedjax._readers import files_of
 from sedjax._record_files import journal_of, open_file
 from sedjax._selection import Selection
-from sedjax._series import CheckpointError, Entry, Path, about
+from sedjax._series import CheckpointError, Entry, Path, about, error_at
 
 if TYPE_CHECKING:
   import xarray as xr
@@ -273,6 +273,12 @@ def identity_of(series: list[Entry], selection: Selection, all_files: bool) -> s
 def signature_of(entry: Entry) -> list[Any]:
   """What tells whether a checkpoint is still the one that was read."""
   return [os.path.abspath(entry.file), entry.step, _digest(entry)]
+
+
+def check_unchanged(entry: Entry, signature: list[Any]) -> None:
+  """Refuses a checkpoint that is no longer what it was before it was read."""
+  if signature_of(entry) != signature:
+    raise error_at(entry, None, "it was changed while it was read; run it again when it is whole")
 
 
 def checkpoints_id(series: list[Entry]) -> str:

@@ -20,7 +20,7 @@ from sedjax._compile import COMPILERS, REPORT_OPTIONS, known, lowered_init, with
 from sedjax._leaves import Part, Sketcher
 from sedjax._selection import Leaf, Reading, Selection
 from sedjax._series import LARGEST_NORM, CheckpointError, Entry, error_at, too_large
-from sedjax._store import Store, signature_of
+from sedjax._store import Store, check_unchanged, signature_of
 from sedjax._types import Report
 
 _SAVE_SECONDS = 0.5  # from one save of the state to the next, at least
@@ -132,6 +132,7 @@ class _Task(NamedTuple):
 
   i: int  # number of the checkpoint
   reading: Reading
+  signature: list[Any]  # of the checkpoint, before it was opened
   pieces: list[_Piece]
   bytes: int
   last: bool  # of the checkpoint
@@ -143,10 +144,11 @@ def _tasks(
   """All tracked tensors of the checkpoints from number `start` on, which are opened; the caller closes them."""
   enough = max(_TASK_BYTES, _TASK_ROWS * 8 * selection.config.sketch.dim)
   for i in range(start, len(series)):
+    signature = signature_of(series[i])
     reading = Reading(series[i], selection.rename)
     opened.append(reading)
     reading.check(selection, series[0])
-    task = _Task(i, reading, [], 0, False)
+    task = _Task(i, reading, signature, [], 0, False)
     for leaf in selection.leaves:
       parts = sketcher.parts(leaf)
       for some in [[part] for part in parts] if reading.in_parts else [parts]:
@@ -243,6 +245,7 @@ def _sketches(
       if not task.last:
         continue
       opened.popleft().close()
+      check_unchanged(series[i], task.signature)
       change, steps, lossy = None, series[i].step - base_step, False
       if base is not None:
         norm = _norm(rows - base)
@@ -252,7 +255,7 @@ def _sketches(
         lossy = _norm(rows) * 2.0**-50 > 0.01 * norm
       if base is None or np.any(change):
         base, base_step = rows, series[i].step
-      yield _Sketched(i, change, steps, lossy, base, base_step, signature_of(series[i]))
+      yield _Sketched(i, change, steps, lossy, base, base_step, task.signature)
       rows, large, large_before = np.zeros_like(rows), None, large
 
 

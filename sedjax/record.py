@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import itertools
 import json
 import operator
 import queue
@@ -141,10 +142,8 @@ class Recorder:
     self._config = core.Config(**{k: v for k, v in (tracker or {}).items() if k not in ("name", "axis_name")})
     self._tracked = tracker is not None
     self._name = name if name is not None else (tracker or {}).get("name")
-    self._seeds = None if seeds is None else np.asarray(seeds).tolist()
-    if self._seeds is not None and len(set(self._seeds)) < len(self._seeds):
-      raise ValueError(f"sedjax.record: seeds={self._seeds} names some twice; give each a name of its own.")
-    self._given = None if windows is None else (list(map(int, windows)), list(groups or [WHOLE]))
+    self._seeds = None if seeds is None else _seed_names(seeds)
+    self._given = None if windows is None else _windows_and_groups(windows, groups or [WHOLE])
     self._attrs, self._sinks = dict(attrs or {}), tuple(sinks)
     for key in self._attrs:
       if not isinstance(key, str) or storable(key) != key or not key or key in RESERVED:
@@ -227,7 +226,9 @@ class Recorder:
       RuntimeError: something recorded earlier could not be written.
     """
     for name, value in scalars.items():
-      if not name.isidentifier() or name.endswith("_step") or name in {*FIELDS, *DIMS, "index", "event"}:
+      if not name.isidentifier():
+        raise ValueError(f"sedjax.record: a series cannot be named {name!r}; give it a name that Python would accept.")
+      if name.endswith("_step") or name in {*FIELDS, *DIMS, "index", "event"}:
         raise ValueError(f"sedjax.record: a series cannot be named {name!r}; the record uses that name.")
       if isinstance(value, Tracer):
         raise ValueError("sedjax.record: log was called inside jit; call it outside, with what jit returned.")
@@ -389,7 +390,7 @@ class Recorder:
   def _write_row(self, step: int, report: Report, identity: Any, windows: Any) -> None:
     host = jax.device_get(report)
     if not self._checked:
-      self._begin(self._new_layout(report, host, jax.device_get(identity), windows))
+      self._begin(self._new_layout(report, host, jax.device_get(identity), windows), step)
       self._checked = True
     layout = self._layout
     assert layout is not None
@@ -422,9 +423,11 @@ class Recorder:
       except Exception as error:
         raise RuntimeError(f"the sink {type(sink).__name__} failed: {error}") from error
 
-  def _begin(self, layout: dict[str, Any]) -> None:
-    """Writes this session's frame, which says what its rows are."""
-    session = layout | {"same": True} if self._begun else layout  # begun by a note, before a row told the rest
+  def _begin(self, layout: dict[str, Any], first_row: int | None = None) -> None:
+    """Writes this session's frame, which says what its rows are and at which step they begin, if that is known."""
+    session = layout if first_row is None else layout | {"first_row": first_row}
+    if self._begun:  # by a note, before a row told the rest
+      session = session | {"same": True}
     self._journal.write(_journal.frame(_journal.SESSION, json.dumps(session).encode()))
     self._layout, self._begun = layout, True
     for data in self._held:
@@ -563,6 +566,33 @@ def _step_of(step: Any) -> int:
   if not 0 <= step < 2**63:
     raise ValueError(f"sedjax.record: step must be an int in 0…2**63 - 1, got {step}.")
   return step
+
+
+def _seed_names(seeds: Any) -> list[Any]:
+  """Names that are distinct and that the file can hold."""
+  found = np.asarray(seeds)
+  names = found.tolist()
+  if (
+    found.ndim != 1
+    or found.dtype.kind not in "iuU"
+    or not all(-(2**63) <= x < 2**63 for x in names if isinstance(x, int))
+  ):
+    raise ValueError(f"sedjax.record: seeds must be a list of 64-bit ints or of texts, got {seeds!r}.")
+  if any(storable(name) != name for name in names):
+    raise ValueError(f"sedjax.record: seeds={names} have NUL or halves of characters in them; leave those out.")
+  if len(set(names)) < len(names):
+    raise ValueError(f"sedjax.record: seeds={names} names some twice; give each a name of its own.")
+  return names
+
+
+def _windows_and_groups(windows: Sequence[int], groups: Sequence[str]) -> tuple[list[int], list[str]]:
+  """Those of reports, which come without them."""
+  sizes, names = list(map(operator.index, windows)), [storable(str(group)) for group in groups]
+  if not sizes or sizes[0] < 1 or any(two <= one for one, two in itertools.pairwise(sizes)):
+    raise ValueError(f"sedjax.record: windows must be ascending sizes, as of the tracker, got {windows!r}.")
+  if len(set(names)) < len(names):
+    raise ValueError(f"sedjax.record: groups={names} names some twice; give each a name of its own.")
+  return sizes, names
 
 
 def _attributes(values: Mapping[str, Any]) -> dict[str, Any]:

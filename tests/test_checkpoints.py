@@ -289,6 +289,60 @@ def test_tied_tensors_buffers_and_prefixes(tmp_path, series):
       assert line in left_out.splitlines(), left_out
 
 
+def test_statistics_that_flax_nnx_keeps_beside_parameters(tmp_path, series, record):
+  """Under names that say so only together."""
+  beside = {
+    "bn/mean": (4,),
+    "bn/var": (4,),
+    "blocks/0/bn/scale": (5,),
+    "blocks/0/bn/mean": (5,),
+    "blocks/0/bn/var": (5,),
+  }
+  rng = np.random.default_rng(0)
+  extended = [{**params, **{name: rng.normal(size=shape) for name, shape in beside.items()}} for params in series]
+  found = checkpoints.analyze(write(tmp_path / "a", extended), window=3)
+  assert "blocks/*/bn/scale [5]" in found.attrs["parameters_taken"].splitlines()
+  assert found.attrs["parameters_left_out"].splitlines() == [
+    f"{name} [{size}]: running statistics"
+    for name, size in (("bn/mean", 4), ("bn/var", 4), ("blocks/*/bn/mean", 5), ("blocks/*/bn/var", 5))
+  ]
+  named = {"head/mean": (4,), "head/var": (4,), "head/kernel2": (3, 4), "mean": (3,), "var": (3,)}  # of no such module
+  infos = {name: _readers.TensorInfo(shape, np.dtype("f4")) for name, shape in named.items()}
+  assert not any(_selection._why_not(name, infos) for name in infos)
+
+
+@pytest.mark.parametrize("sketch", [None, sedjax.sketch.exact()])
+def test_a_checkpoint_that_is_replaced_while_it_is_read(tmp_path, series, sketch, monkeypatch):
+  """Its numbers may be of both; it is never taken for the new one that was read."""
+  files, out = write(tmp_path, series), tmp_path / "run.nc"
+  close, replaced = _readers.NpzReader.close, tmp_path / f"step_{4 * EVERY}.npz"
+  calls = []
+
+  def close_and_replace(self):
+    close(self)
+    calls.append(self)
+    if len(calls) > 6:  # two readers open files to select what is read
+      np.savez(replaced, **{name: x + len(calls) for name, x in series[4].items()})
+
+  monkeypatch.setattr(_readers.NpzReader, "close", close_and_replace)
+  with pytest.raises(checkpoints.CheckpointError, match="was changed while it was read; run it again when it is whole"):
+    checkpoints.analyze(files, window=3, sketch=sketch, out=out, progress=False)
+  monkeypatch.undo()
+  found = checkpoints.analyze(files, window=3, sketch=sketch, out=out, progress=False)
+  fresh = checkpoints.analyze(files, window=3, sketch=sketch, progress=False)
+  assert_same(found, fresh)
+
+
+def test_float8_of_torch(tmp_path):
+  torch = pytest.importorskip("torch")
+  rng = np.random.default_rng(0)
+  for name in ("float8_e5m2", "float8_e4m3fn"):
+    series = [{"w": torch.tensor(rng.normal(size=(40, 30))).to(getattr(torch, name))} for _ in range(5)]
+    wide = [{"w": params["w"].float().numpy()} for params in series]
+    found = checkpoints.analyze(write(tmp_path / name, series, lambda path, x: torch.save(x, path), ".pt"), window=3)
+    assert_same(found, checkpoints.analyze(write(tmp_path / f"{name}_wide", wide), window=3))
+
+
 def test_views_of_other_numbers_are_not_tied():
   """Tensors of one storage are tied where they hold the same numbers, in whatever shape or order of axes."""
   torch = pytest.importorskip("torch")
@@ -676,6 +730,12 @@ def test_patterns_in_a_folder_with_brackets(tmp_path):
   for folder, first in {"run[1]": 6, "run[ab]": 4}.items():  # of which the last is a pattern for another folder
     found = find_series(str(tmp_path / folder / "step_*.npz"), None)
     assert [entry.step for entry in found] == [first, 100]
+  (tmp_path / "lr[0.1]").mkdir()
+  for step in (1, 2):
+    touched(tmp_path / "lr[0.1]", f"step_{step}/model", (0,))
+    touched(tmp_path, f"step[{step}]", (0,))
+  for pattern in ("lr[[]0.1]/step_*/model.npz", "lr[0.1]/step_*/model.npz", "step[*].npz"):
+    assert [entry.step for entry in find_series(str(tmp_path / pattern), None)] == [1, 2]
 
 
 def touched(folder, names, numbers):

@@ -506,6 +506,27 @@ def test_a_long_journal_is_checked_where_it_is_read(tmp_path, monkeypatch, small
   assert steps_of(path) == [0, 2, 3]
 
 
+def test_damage_does_not_bring_back_what_was_replaced(tmp_path):
+  """Also where it is the row with which a later session began."""
+  path = tmp_path / "run.nc"
+  leave_journal(path, range(6), loss=1)
+  first = len(journal_of(path).read_bytes())
+  leave_journal(path, range(3, 6), loss=2)
+  data = journal_of(path).read_bytes()
+  with open(journal_of(path), "rb") as file:
+    session, row, *_ = (found for found in _journal.frames(file) if found.start >= first)
+  assert (session.kind, row.kind) == (_journal.SESSION, _journal.ROW)
+  damaged = bytearray(data)
+  damaged[row.end - 5] ^= 1
+  journal_of(path).write_bytes(damaged)
+  with pytest.warns(RuntimeWarning, match="are damaged"), open_record(path) as record:
+    assert record.step.values.tolist() == [0, 1, 2, 4, 5]
+    assert record.loss.values.tolist() == [0, 1, 2, 6, 8, 10]
+  # A session that was killed before its first row has replaced nothing.
+  journal_of(path).write_bytes(data[: row.end - 5])
+  assert steps_of(path) == list(range(6))
+
+
 def test_a_damaged_beginning_is_refused_and_kept(tmp_path, small_journal):
   damaged = bytearray(small_journal[0])
   damaged[20] ^= 1
@@ -788,7 +809,7 @@ def test_wrong_arguments(tmp_path):
       recorder.append(0, {"w": jnp.ones(3)})
     with pytest.raises(ValueError, match="pass windows=… and groups=…"):
       recorder.append(0, report_of(0))
-    for name in ("step", "gap_ratio", "event", "loss_step", "a b"):
+    for name in ("step", "gap_ratio", "event", "loss_step", "a b", "val/loss"):
       with pytest.raises((ValueError, TypeError), match=r"cannot be named|multiple values"):
         recorder.log(0, **{name: 1.0})
     for value in ("high", np.ones((2, 2)), None):
@@ -813,6 +834,16 @@ def test_wrong_arguments(tmp_path):
     Recorder(tmp_path / "none" / "run.nc")
   with pytest.raises(ValueError, match="names some twice"):
     Recorder(path, seeds=["a", "a"])
+  for seeds in ([[1, 2], [3, 4]], [2**63, 1], [2**70], [1.5, 2.5], "ab"):
+    with pytest.raises(ValueError, match="seeds must be a list of 64-bit ints or of texts, got"):
+      Recorder(path, seeds=seeds)
+  with pytest.raises(ValueError, match="have NUL or halves of characters in them"):
+    Recorder(path, seeds=["a\0b"])
+  for windows in ((5, 3), (3, 3), (-3, 5), ()):
+    with pytest.raises(ValueError, match="windows must be ascending sizes, as of the tracker, got"):
+      Recorder(path, windows=windows)
+  with pytest.raises(ValueError, match="groups=.* names some twice"):
+    Recorder(path, windows=[3], groups=["all", "all"])
   with pytest.raises(ValueError, match="cannot continue"):
     Recorder(path, seeds=["a", "b"])
   assert not journal_of(path).exists()
