@@ -572,11 +572,7 @@ def _seed_names(seeds: Any) -> list[Any]:
   """Names that are distinct and that the file can hold."""
   found = np.asarray(seeds)
   names = found.tolist()
-  if (
-    found.ndim != 1
-    or found.dtype.kind not in "iuU"
-    or not all(-(2**63) <= x < 2**63 for x in names if isinstance(x, int))
-  ):
+  if found.ndim != 1 or found.dtype.kind not in "iuU" or (found.dtype.kind == "u" and max(names, default=0) >= 2**63):
     raise ValueError(f"sedjax.record: seeds must be a list of 64-bit ints or of texts, got {seeds!r}.")
   if any(storable(name) != name for name in names):
     raise ValueError(f"sedjax.record: seeds={names} have NUL or halves of characters in them; leave those out.")

@@ -289,15 +289,9 @@ def test_tied_tensors_buffers_and_prefixes(tmp_path, series):
       assert line in left_out.splitlines(), left_out
 
 
-def test_statistics_that_flax_nnx_keeps_beside_parameters(tmp_path, series, record):
+def test_statistics_that_flax_nnx_keeps_beside_parameters(tmp_path, series):
   """Under names that say so only together."""
-  beside = {
-    "bn/mean": (4,),
-    "bn/var": (4,),
-    "blocks/0/bn/scale": (5,),
-    "blocks/0/bn/mean": (5,),
-    "blocks/0/bn/var": (5,),
-  }
+  beside = {"bn/mean": (4,), "bn/var": (4,)} | {f"blocks/0/bn/{name}": (5,) for name in ("scale", "mean", "var")}
   rng = np.random.default_rng(0)
   extended = [{**params, **{name: rng.normal(size=shape) for name, shape in beside.items()}} for params in series]
   found = checkpoints.analyze(write(tmp_path / "a", extended), window=3)
