@@ -46,9 +46,20 @@ def percent(part: float, whole: float = 1) -> str:
   return "over 99\u00a0%" if 99 < share < 100 else f"{share:.0f}\u00a0%"
 
 
+def counted(count: int, what: str) -> str:
+  """A number of things, in words."""
+  return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def steps_text(count: int) -> str:
   """A number of steps, in words."""
-  return f"{count:,} step{'' if count == 1 else 's'}"
+  return counted(count, "step")
+
+
+def row_steps_text(row_steps: tuple[int, int]) -> str:
+  """The fewest and the most steps in a row, in words."""
+  low, high = row_steps
+  return steps_text(high) if low == high else f"{low:,} to {steps_text(high)}"
 
 
 def listed(items: Sequence[str], most: int = 8) -> str:
@@ -93,9 +104,10 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], lef
     + "</tr>\n"
     for row in rows
   )
-  label, kind = escape(caption), "few" if len(heads) <= _FEW else "many"
+  label = escape(caption)
+  kind, box = ("few", "box") if len(heads) <= _FEW else ("many", "box wide")
   return (
-    f'<div class="box"><p class="caption">{label}</p><div class="scroll" tabindex="0" role="region" '
+    f'<div class="{box}"><p class="caption">{label}</p><div class="scroll" tabindex="0" role="region" '
     f'aria-label="{label}"><table class="{kind}" aria-label="{label}"><thead><tr>{head}</tr></thead>\n'
     f"<tbody>{body}</tbody></table></div></div>"
   )

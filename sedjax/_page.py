@@ -19,12 +19,14 @@ from sedjax._html import (
   PHASE_WORDS,
   all_seeds,
   between,
+  counted,
   escape,
   figure,
   folded,
   listed,
   number,
   percent,
+  row_steps_text,
   steps_text,
   table,
 )
@@ -163,13 +165,13 @@ def _headlines(facts: Facts) -> list[str]:
   count, rows = len(facts.seeds), len(facts.steps)
   who = f"{count} seeds" if count > 1 else "One run"
   span = f"steps {facts.steps[0]:,} to {facts.steps[-1]:,}" if rows > 1 else f"step {facts.steps[0]:,} alone"
-  of = f" of {steps_text(int(facts.every))} each" if facts.every else ""
+  of = f" of {row_steps_text(facts.row_steps)} each" if facts.row_steps else ""
   said = [
-    f"{who}, {span}, {rows:,} report{'s' * (rows > 1)}. The text is about {facts.whole} in windows of {facts.window} "
+    f"{who}, {span}, {counted(rows, 'report')}. The text is about {facts.whole} in windows of {facts.window} "
     f"rows{of}; tables have all groups and windows."
   ]
   if not facts.filled.any():
-    return [*said, "The window is never full, so nothing can be said about an edge."]
+    return [*said, f"{facts.nothing}, so nothing can be said about an edge."]
   first = [[span.first for span in spans if span.phase == Phase.RISE] for spans in facts.spans]
   risen = [steps[0] for steps in first if steps]
   any_edge = [any(span.phase > Phase.NO_EDGE for span in spans) for spans in facts.spans]
@@ -196,7 +198,7 @@ def _edge_sentence(facts: Facts) -> str:
   places = sums.places[facts.at].sum(0)
   k = int(places.argmax())
   if not above:
-    return f"The gap ratio exceeds what noise shows in none of {full:,} full windows."
+    return f"The gap ratio exceeds what noise shows in none of {counted(full, 'full window')}."
   return (
     f"The gap ratio exceeds what noise shows in {percent(above, full)} of full windows. There k* is {k} in "
     f"{percent(places[k], above)}, and ambiguous in {percent(unsure, above)}."
@@ -233,7 +235,7 @@ def _phase_section(facts: Facts) -> str:
     kept = sorted(spans, key=lambda span: -span.steps)[:most]
     left_out += len(spans) - len(kept)
     for span in sorted(kept, key=lambda span: span.first):
-      lasts = steps_text(span.steps) + (" so far" if span.until is None else "")
+      lasts = steps_text(span.steps) + " so far" * (span.until is None) if span.steps else "one row so far"
       rows.append([escape(seed), escape(PHASE_NAMES[Phase(span.phase)]), f"{span.first:,}", lasts,
                    number(span.peak)])  # fmt: skip
   listing = table(
@@ -255,7 +257,8 @@ def _agreement(facts: Facts) -> str:
     return ""
   full = facts.filled.all(1)
   if not full.any():
-    return "<h3>Do the seeds agree?</h3><p>That cannot be said: there is no step at which all windows are full.</p>"
+    why = "there is no step at which the windows of all seeds are full, and their ratios finite"
+    return f"<h3>Do the seeds agree?</h3><p>That cannot be said: {why}.</p>"
   same_phase = (facts.phase == facts.phase[:, :1]).all(1)[full].mean()
   edges = full & (facts.gap > facts.null).all(1)
   who = all_seeds(len(facts.seeds)).capitalize()
@@ -274,7 +277,7 @@ def _agreement(facts: Facts) -> str:
 
 def _edge_section(facts: Facts) -> str:
   if not facts.filled.any():
-    return "<h2>The edge, and how sure it is</h2><p>The window is never full: there is no edge to speak of.</p>"
+    return f"<h2>The edge, and how sure it is</h2><p>{facts.nothing}: there is no edge to speak of.</p>"
   sums = facts.sums
   best = int(sums.peak[facts.at].argmax())
   peak, step = float(sums.peak[facts.at][best]), int(sums.peak_step[facts.at][best])
@@ -369,8 +372,8 @@ def _series_section(facts: Facts) -> str:
     low, high = values[end][finite[end]].min(), values[end][finite[end]].max()
     now = number(low) if low == high else f"{number(low)} to {number(high)} over seeds"
     words = (
-      f"{key}: {len(steps):,} values, least {number(values[finite].min())}, greatest {number(values[finite].max())}, "
-      f"at the end {now}."
+      f"{key}: {counted(len(steps), 'value')}, least {number(values[finite].min())}, greatest "
+      f"{number(values[finite].max())}, at the end {now}."
     )
     text += figure(lambda ax, key=key: plot.series(facts.chosen, key, ax=ax), f"{words} Drawn over its steps.", words)
   if names[12:]:

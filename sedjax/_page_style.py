@@ -41,13 +41,19 @@ figure { margin: 1.25rem 0 1.5rem; }
 img { display: block; width: 100%; height: auto; background: #fff; border-radius: .3rem; }
 figcaption { color: var(--soft); font-size: .88rem; line-height: 1.45; margin-top: .5rem; }
 .box { margin: 1rem 0; border: 1px solid var(--line); border-radius: .4rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto;
+  background: linear-gradient(90deg, var(--paper) 30%, transparent) 0 / 2.5rem 100% no-repeat local,
+    linear-gradient(270deg, var(--paper) 30%, transparent) 100% / 2.5rem 100% no-repeat local,
+    linear-gradient(90deg, var(--line), transparent) 0 / .8rem 100% no-repeat scroll,
+    linear-gradient(270deg, var(--line), transparent) 100% / .8rem 100% no-repeat scroll; }
+@media (min-width: 60rem) { .box.wide { width: min(100vw - 3rem, 74rem); position: relative; left: 50%;
+  transform: translateX(-50%); } }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; line-height: 1.4;
   font-variant-numeric: tabular-nums; }
 .caption { margin: 0; padding: .6rem .75rem; font-weight: 600; font-size: .88rem; line-height: 1.4; }
 th, td { padding: .4rem .75rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
 th { font-weight: 500; }
-thead th { color: var(--soft); white-space: nowrap; background: var(--box); }
+thead th { color: var(--soft); white-space: nowrap; }
 .n { text-align: right; white-space: nowrap; }
 tbody th { min-width: 4rem; max-width: 16rem; overflow-wrap: break-word; }
 td { overflow-wrap: anywhere; min-width: 5.5rem; white-space: pre-line; }
@@ -58,7 +64,7 @@ dd { margin: 0; }
 @media (max-width: 560px) { body { font-size: 16px; } main { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.5rem; }
   .few th, .few td { min-width: 0; padding: .4rem .45rem; white-space: normal; }
   .many th:first-child { position: sticky; left: 0; max-width: 7.5rem; background: var(--paper); }
-  .many thead th:first-child { background: var(--box); } }
+  }
 @media print { main { max-width: none; padding: 0; } .scroll { overflow: visible; }
   figure, tr { break-inside: avoid; } }
 """

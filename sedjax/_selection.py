@@ -300,10 +300,12 @@ def select(
 
 def _summary(lines: Iterable[tuple[str, tuple[int, ...], str]]) -> list[str]:
   """One line for tensors that differ in the numbers of their paths only."""
-  counts = collections.Counter((re.sub(r"\d+", "*", path), shape, why) for path, shape, why in lines)
+  alike: dict[Any, list[str]] = collections.defaultdict(list)
+  for path, shape, why in lines:
+    alike[re.sub(r"\d+", "*", path), shape, why].append(path)
   return [
-    f"{path} {list(shape)}{f' × {count}' if count > 1 else ''}{f': {why}' if why else ''}"
-    for (path, shape, why), count in counts.items()
+    f"{pattern if paths[1:] else paths[0]} {list(shape)}{f' × {len(paths)}' if paths[1:] else ''}{why and f': {why}'}"
+    for (pattern, shape, why), paths in alike.items()
   ]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from sedjax import plot, record
 from sedjax._html import steps_text
-from sedjax._types import Report
+from sedjax._types import Report, Status
 
 if TYPE_CHECKING:
   import xarray as xr
@@ -51,7 +51,7 @@ class Sums(NamedTuple):
   places: np.ndarray  # [..., K]: those above, by k*
   bits: np.ndarray  # [..., 32]: rows by status bit
   last_phase: np.ndarray
-  missing: np.ndarray  # rows in which a number is NaN or infinite
+  missing: np.ndarray  # rows in which the gap ratio or the share is NaN or infinite
   least_dim: np.ndarray  # the least effective dimension, infinite where there is none
 
 
@@ -70,11 +70,14 @@ class Facts:
     # In words: what the text is about, what its pictures of one seed show, how far a window looks back.
     self.whole = "the whole model" if group == record.WHOLE else f"group “{group}”"
     self.of_first = f" of seed {self.seeds[0]}, the first" if len(self.seeds) > 1 else ""
-    self.looks_back = steps_text(int(window * self.every)) if self.every else f"{window} rows"
     # Of the tables of windows and groups: the chosen ones.
     self.place = self.windows.index(window), source.group.values.tolist().index(group)
     self.at = (slice(None), *self.place)  # of the sums: those of all seeds
     self.sums, self.chosen, self.first, self.by_group = _read(source, *self.place)
+
+    self.row_steps = self._row_steps()
+    self.alike = self.row_steps is None or self.row_steps[0] == self.row_steps[1]
+    self.looks_back = steps_text(window * self.row_steps[0]) if self.row_steps and self.alike else f"{window} rows"
 
     def field(key: str) -> np.ndarray:  # [step, seed]
       return self.chosen[key].values[:, :, 0, 0]
@@ -82,6 +85,9 @@ class Facts:
     self.phase, self.gap, self.null = field("phase"), field("gap_ratio"), field("null_ratio")
     self.k_star = field("k_star")
     self.filled = (self.k_star > 0) & np.isfinite(self.gap)
+    self.nothing = (
+      "The gap ratio is NaN or infinite in every full window" if (self.k_star > 0).any() else "The window is never full"
+    )
     shown = np.where(self.filled, self.gap, np.nan)
     self.spans = [spans_of(self.steps, self.phase[:, i], shown[:, i]) for i in range(len(self.seeds))]
 
@@ -92,6 +98,14 @@ class Facts:
     except (KeyError, TypeError, ValueError):
       return None
     return value if low <= value < limit else None
+
+  def _row_steps(self) -> tuple[int, int] | None:
+    """The fewest and the most steps in a row, if most windows hold rows of other lengths than `every`."""
+    partial = self.sums.bits[(*self.at, Status.PARTIAL_ROW.bit_length() - 1)].sum()
+    if "row_steps" in self.chosen and 2 * partial > self.sums.rows * len(self.seeds):
+      found = self.chosen.row_steps.values[self.chosen.row_steps.values > 0]
+      return (int(found.min()), int(found.max())) if found.size else None
+    return None if self.every is None else (int(self.every), int(self.every))
 
 
 def _read(source: xr.Dataset, w: int, g: int) -> tuple[Sums, xr.Dataset, xr.Dataset, xr.Dataset]:
@@ -141,14 +155,14 @@ def _read(source: xr.Dataset, w: int, g: int) -> tuple[Sums, xr.Dataset, xr.Data
     full += filled.sum(0)
     edge = filled & (gap > null)
     above += edge.sum(0)
-    missing += (~sound).sum(0)
+    share = block.get("pc1_fraction", np.float32(0))
+    missing += (~(sound & np.isfinite(share))).sum(0)
     log_ratio += np.log(np.where(filled & (gap > 0), gap, 1), dtype=np.float32).sum(0, dtype=float)
     for k in range(1, min(k_max, int(k_star.max(initial=0))) + 1):
       places[..., k] += (edge & (k_star == k)).sum(0)
     if "edge_ambiguous" in block:
       ambiguous += (edge & (block["edge_ambiguous"] > 0)).sum(0)
-    if "pc1_fraction" in block:
-      pc1 += np.where(filled, np.nan_to_num(block["pc1_fraction"]), 0).sum(0, dtype=float)
+    pc1 += np.where(filled, share, 0).sum(0, dtype=float)
     if "effective_dim" in block:
       dims = block["effective_dim"]
       least_dim = np.minimum(least_dim, np.where(dims > 0, dims, np.inf).min(0))

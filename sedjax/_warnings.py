@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from sedjax import _null
-from sedjax._html import listed, percent, steps_text
+from sedjax._html import listed, percent, row_steps_text, steps_text
 from sedjax._summary import Facts
 from sedjax._types import Status, explain
 
@@ -14,18 +14,25 @@ _USUAL_MOMENTUM = 0.9
 
 def warnings(facts: Facts) -> list[tuple[str, str]]:
   """What asks for caution, as (title, plain text), each only where its cause is there."""
-  sums, every = facts.sums, facts.every
+  sums = facts.sums
   notes = []
-  never = sums.full.sum(0) == 0  # [window, group]
+  never = (sums.full.sum(0) == 0) & (sums.missing.sum(0) == 0)  # [window, group]
   if never.any():
     notes.append(("Window not full.", f"It never fills for {_places(facts, never)}, so there is no edge to look for: "
                   "the record is too short, or the group has no updates."))  # fmt: skip
-  if every is not None and every < facts.window:
+  if facts.row_steps is not None and facts.row_steps[1] < facts.window:
     notes.append((
       "Short rows.",
-      f"A row sums {steps_text(int(every))}, fewer than the window’s {facts.window} rows. Neighbouring rows are then "
-      "alike by the optimizer’s momentum alone, and a window sees little of the path; a larger "
-      "every= shows slower motion.",
+      f"A row sums {row_steps_text(facts.row_steps)}, fewer than the window’s {facts.window} rows. Neighbouring rows "
+      "are then alike by the optimizer’s momentum alone, and a window sees little of the path; a larger every= shows "
+      "slower motion.",
+    ))  # fmt: skip
+  above, unsure = (int(part[facts.at].sum()) for part in (sums.above, sums.ambiguous))
+  if unsure > 0.5 * above:
+    notes.append((
+      "Edge ambiguous.",
+      f"In {percent(unsure, above)} of the windows that exceed noise another place’s ratio is within the sketch’s "
+      "error of that at k*.",
     ))  # fmt: skip
   note = _momentum_note(facts)
   if note:
@@ -56,13 +63,15 @@ def warnings(facts: Facts) -> list[tuple[str, str]]:
     if skipped in facts.chosen and here:
       most = int(facts.chosen[skipped].values.max())
       where += f" {steps_text(most)} in all{' in the seed with the most' if len(facts.seeds) > 1 else ''}."
+    if bit == Status.PARTIAL_ROW and facts.every is not None:
+      where += f" What noise shows is that of rows of {steps_text(int(facts.every))}."
     if bit == Status.LOW_EFFECTIVE_DIM:
       lowest = sums.least_dim.min(0)
       where += f" The least is {lowest.min():,.0f}."
     notes.append((title, explain(int(bit)) + where))
   odd = sums.missing.sum(0)
   if odd.any():
-    notes.append(("Values missing.", f"The gap ratio is NaN or infinite in {odd.sum():,} reports, for "
+    notes.append(("Values missing.", f"The gap ratio or σ₁² share is NaN or infinite in {odd.sum():,} reports, for "
                   f"{_places(facts, odd > 0)}; these are left out."))  # fmt: skip
   unknown = sum(int(sums.bits[..., bit].sum() > 0) for bit in range(32) if 1 << bit >= 2 * max(Status))
   if unknown:
@@ -88,7 +97,7 @@ def _momentum_note(facts: Facts) -> tuple[str, str] | None:
   """Where noise of an optimizer's momentum accounts for what is seen; None where it does not."""
   full = facts.filled
   every, momentum = int(facts.every or 1), facts.momentum or 0.0
-  if not full.any() or not 0 <= momentum < 1:
+  if not full.any() or not 0 <= momentum < 1 or not facts.alike:  # rows of other lengths show other noise
     return None
   if momentum and "pc1_fraction" in facts.chosen:
     values = np.linalg.eigvalsh(_null.row_covariance(facts.window, momentum, every))

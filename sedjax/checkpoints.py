@@ -121,8 +121,9 @@ def analyze(
   config = _config(window, every, k_max, sketch, group_function(groups), "updates", momentum)
   if len(series) - 1 < max(config.windows):
     raise CheckpointError(
-      f"sedjax analyze: {len(series)} checkpoints ({series[0].file}, step {series[0].step}, to {series[-1].file}) make "
-      f"{len(series) - 1} rows, fewer than the window of {max(config.windows)}; give more of them or a smaller window."
+      f"sedjax analyze: from {series[0].file} (step {series[0].step}) to {series[-1].file} there are {len(series)} "
+      f"checkpoints, and so {len(series) - 1} rows, fewer than the window of {max(config.windows)}; give more of them "
+      "or a smaller window."
     )
   selection = select(series, config, _compiled(rename, transpose), transpose)
   say_what_is_read(series, selection)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -197,7 +198,8 @@ def groups(record: xr.Dataset, *, ax: Any = None, seed: Any = None, window: int 
     record, ax, seed, window: see the module; one seed, all groups.
 
   Returns:
-    The axes; a colour bar is made beside them. Long names of groups are cut in the middle.
+    The axes; a colour bar is made beside them. Long names of groups are cut in the middle, and what all of their paths
+    begin and end with is left out.
 
   Raises:
     ValueError, ImportError: as `singular_values`.
@@ -215,7 +217,7 @@ def groups(record: xr.Dataset, *, ax: Any = None, seed: Any = None, window: int 
         "gap ratio / ratio that noise seldom exceeds")  # fmt: skip
   ax.set_yticks(
     range(len(names)),
-    [_short(name, min(28, max(12, _pixels(ax) // 20))) for name in names],
+    [_short(name, min(28, max(12, _pixels(ax) // 20))) for name in _apart(names)],
     fontsize="small" if len(names) > 12 else None,
   )
   ax.invert_yaxis()
@@ -599,6 +601,22 @@ def _plain(text: str) -> str:
   return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()).replace("$", r"\$")
 
 
+def _apart(names: list[str]) -> list[str]:
+  """Long paths without the components that all of them, but for the whole model, begin or end with."""
+  paths = [name.split("/") for name in names if name != WHOLE]
+  if len(paths) < 2 or max(map(len, names)) <= 12:
+    return names
+  most = min(map(len, paths)) - 1  # one is left
+
+  def alike(at: Callable[[int], int], most: int) -> int:
+    return next((i for i in range(most) if len({path[at(i)] for path in paths}) > 1), most)
+
+  first = alike(lambda i: i, most)
+  last = alike(lambda i: -1 - i, most - first)
+  shorter = iter("/".join(path[first : len(path) - last]) for path in paths)
+  return [name if name == WHOLE else next(shorter) for name in names]
+
+
 def _short(name: str, length: int = 28) -> str:
   return _plain(name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}")
 
@@ -614,11 +632,21 @@ def _finish(ax: Any, record: xr.Dataset, name: str | None, reverse: bool = False
   if f"{name}_step" in record.variables and record.sizes[f"{name}_step"]:
     ends += [*record[f"{name}_step"].values[[0, -1]]]
   if ends:
-    margin = (max(ends) - min(ends)) * 0.005 or 0.5
+    margin = (max(ends) - min(ends)) * 0.005 or 1
     ax.set_xlim(min(ends) - margin, max(ends) + margin)
   dashes = {"color": "black", "lw": 0.8, "ls": (0, (6, 3))}
-  for number, (step, _) in enumerate(happened, 1):
+  low, high = ax.get_xlim()
+  happened = [(number, step, what) for number, (step, what) in enumerate(happened, 1) if low <= step <= high]
+  drawn = numbered = -np.inf
+  for number, step, _ in happened:
+    at = (step - low) / (high - low) * pixels
+    if at - drawn < 4:  # many events would hide what is drawn
+      continue
     ax.axvline(step, zorder=3, **dashes)
+    drawn = at
+    if at - numbered < 14:
+      continue
+    numbered = at
     ax.annotate(str(number), (step, 1), xycoords=("data", "axes fraction"), xytext=(2, -2), va="top", fontsize="small",
                 textcoords="offset points", annotation_clip=True,
                 bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none"})  # fmt: skip
@@ -635,7 +663,7 @@ def _finish(ax: Any, record: xr.Dataset, name: str | None, reverse: bool = False
       face, hatch = handle.get_facecolor()[0], handle.get_hatch()
       handles[i] = matplotlib.patches.Patch(fc=face, hatch=hatch, ec="#999999", lw=0.6)
   # All pictures number the events; those of the gap ratio and of the user's series also say what they were.
-  for number, (_, what) in enumerate(happened[:4] if name and name not in _NO_EVENTS else [], 1):
+  for number, _, what in happened[:4] if name and name not in _NO_EVENTS else []:
     handles.append(matplotlib.lines.Line2D([], [], **dashes))
     labels.append(f"{number}: {_short(what, 32)}")
   if labels:

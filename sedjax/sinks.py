@@ -36,7 +36,8 @@ class TensorBoard:
 
   def __call__(self, step: int, scalars: dict[str, float]) -> None:
     for name, value in scalars.items():
-      self._writer.add_scalar(name, value, step)
+      if math.isfinite(value):  # else the client prints a line for each value, and draws none
+        self._writer.add_scalar(name, value, step)
 
   def close(self) -> None:
     self._writer.close()
