@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -124,7 +125,9 @@ def figure(draw: Callable[[Any], Any], alt: str, caption: str) -> str:
       figure = Figure(size, layout="constrained")
       draw(figure.subplots())
       file = io.BytesIO()
-      figure.savefig(file, format="png", metadata={"Software": None})
+      with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # one for each letter of each picture
+        figure.savefig(file, format="png", metadata={"Software": None})
     uris.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
   wide, narrow = _FIGURE_SIZES
   return (

@@ -57,14 +57,16 @@ thead th { color: var(--soft); white-space: nowrap; }
 .n { text-align: right; white-space: nowrap; }
 tbody th { min-width: 4rem; max-width: 16rem; overflow-wrap: break-word; }
 td { overflow-wrap: anywhere; min-width: 5.5rem; white-space: pre-line; }
+.many th, .many td { padding: .4rem .55rem; }
+.many td.n { min-width: 0; }
+.many tbody th { max-width: 13rem; }
 summary { cursor: pointer; }
 dt { font-weight: 600; margin-top: .7rem; }
 dd { margin: 0; }
 :focus-visible { outline: 2px solid #0072b2; outline-offset: 2px; }
 @media (max-width: 560px) { body { font-size: 16px; } main { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.5rem; }
   .few th, .few td { min-width: 0; padding: .4rem .45rem; white-space: normal; }
-  .many th:first-child { position: sticky; left: 0; max-width: 7.5rem; background: var(--paper); }
-  }
+  .many th:first-child { position: sticky; left: 0; max-width: 7.5rem; background: var(--paper); } }
 @media print { main { max-width: none; padding: 0; } .scroll { overflow: visible; }
   figure, tr { break-inside: avoid; } }
 """

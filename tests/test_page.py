@@ -119,11 +119,34 @@ def with_bit(made, bit, **where):
     ("The map changed.", lambda r: with_bit(r, Status.MAP_CHANGED, step=400)),
     ("Below float32’s floor.", lambda r: with_bit(r, Status.BELOW_FLOOR, step=400)),
     ("Unknown status.", lambda r: with_bit(r, 1 << 20, step=400)),
+    ("Edge ambiguous.", lambda r: r.assign(edge_ambiguous=xr.ones_like(r.edge_ambiguous))),
     ("Values missing.", lambda r: r.assign(gap_ratio=r.gap_ratio.where(r.step != 400))),
   ],
 )
 def test_a_warning_where_its_cause_is_and_no_other(made, title, change):
   assert warnings_of(_page.make_page(change(made))) == [title]
+
+
+@pytest.mark.usefixtures("quick")
+def test_rows_of_unequal_length_are_not_said_to_be_alike(made):
+  """Such as those of checkpoints at steps 1, 2, 4, ..., of which the record's `every` is but one."""
+  row_steps = xr.where(made.step > 2000, 512, 1).broadcast_like(made.status).transpose(*made.status.dims)
+  odd = with_bit(made, Status.PARTIAL_ROW).assign(row_steps=row_steps).assign_attrs(every=1, momentum=0.9)
+  text = words(_page.make_page(odd))
+  assert "in windows of 10 rows of 1 to 512 steps each" in text
+  assert "looks back 10 rows" in text
+  assert warnings_of(_page.make_page(odd)) == ["Rows of unequal length."]
+  assert "What noise shows is that of rows of 1 step." in text
+
+
+@pytest.mark.usefixtures("quick")
+def test_numbers_that_are_missing_are_not_a_window_that_fills(made):
+  text = words(_page.make_page(made.assign(gap_ratio=made.gap_ratio * np.nan)))
+  assert "The gap ratio is NaN or infinite in every full window, so nothing can be said about an edge." in text
+  assert "never full" not in text
+  assert "Window not full" not in text
+  some = made.assign(pc1_fraction=made.pc1_fraction.where(made.step != 400))
+  assert warnings_of(_page.make_page(some)) == ["Values missing."]
 
 
 @pytest.mark.usefixtures("quick")
@@ -380,6 +403,7 @@ def test_in_a_browser(folder, size):
     cut = view.evaluate(
       "[...document.querySelectorAll('.few')].map(x => x.parentElement.scrollWidth - x.parentElement.clientWidth)"
     )
+    groups = view.evaluate("(x => x.scrollWidth - x.clientWidth)(document.querySelector('.many').parentElement)")
     browser.close()
     server.shutdown()
   assert trouble == []
@@ -387,6 +411,7 @@ def test_in_a_browser(folder, size):
   assert wide <= inner
   assert outside == 0
   assert cut == [0, 0, 0]  # of phases, events and provenance nothing has to be scrolled to
+  assert groups == 0 or size[0] < 1280
   assert len(pictures) == 8
   for complete, natural, alt, shown in pictures:
     assert complete

@@ -180,6 +180,29 @@ def test_series_and_events(record):
   assert len(plot.series(record, "loss", ax=axes(), seed=8).lines) == 1 + 2  # and two events
 
 
+def test_events_that_lie_close_together(record):
+  """Some of them are drawn, fewer numbered, and those beyond the picture neither drawn nor explained."""
+  steps = [*range(1000, 1100, 2), 2600, 10**6]
+  crowded = record.drop_vars("event").assign_coords(event_step=steps).assign(
+    event=("event_step", [f"event {i}" for i in range(len(steps))])
+  )  # fmt: skip
+  ax = plot.gap_ratio(crowded, ax=axes())
+  texts = [text.get_text() for text in ax.texts]
+  assert texts[0] == "1"
+  assert texts[-1] == "51"
+  assert len(texts) < 10
+  assert "1: event 0" in handles(ax)
+  late = plot.gap_ratio(crowded.isel(event_step=slice(50, None)), ax=axes())
+  assert [label for label in handles(late) if "event" in label] == ["1: event 50"]
+
+
+def test_groups_with_long_paths_are_told_apart(record):
+  names = [f"transformer/block_{i}/attention/projection" for i in range(record.sizes["group"] - 1)]
+  ax = plot.groups(record.assign_coords(group=["all", *names]), ax=axes())
+  labels = [label.get_text() for label in ax.get_yticklabels()]
+  assert labels == ["all", *(f"block_{i}" for i in range(len(names)))]
+
+
 def test_text_of_the_record_is_no_formula(record):
   evil = r"$\foo{$_{"
   odd = record.assign_coords(seed=[f"{i}{evil}" for i in range(3)], group=["all", evil, "b"])
