@@ -59,7 +59,7 @@ def about(entry: Entry, tensor: str | None = None) -> Iterator[None]:
 
 def find_series(files: Path | Iterable[Path], steps: Sequence[int] | None) -> list[Entry]:
   """The checkpoints by ascending step."""
-  patterns = [os.fspath(file) for file in ([files] if isinstance(files, str | os.PathLike) else files)]
+  patterns = [os.fsdecode(file) for file in ([files] if isinstance(files, str | bytes | os.PathLike) else files)]
   found: list[str] = []
   for pattern in patterns:
     matching = [pattern] if os.path.exists(pattern) else sorted(_matching(pattern), key=_by_numbers)

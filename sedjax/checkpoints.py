@@ -119,6 +119,10 @@ def analyze(
     gaps = collections.Counter(two.step - one.step for one, two in itertools.pairwise(series))
     every = gaps.most_common(1)[0][0] if gaps else 1
   config = _config(window, every, k_max, sketch, group_function(groups), "updates", momentum)
+  if len(series) == 1:
+    raise CheckpointError(
+      f"sedjax analyze: {series[0].file} is one checkpoint; give a series of them, as by a pattern in quotes ('run/*')."
+    )
   if len(series) - 1 < max(config.windows):
     raise CheckpointError(
       f"sedjax analyze: from {series[0].file} (step {series[0].step}) to {series[-1].file} there are {len(series)} "
