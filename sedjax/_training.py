@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 # Keys under which training scripts keep the parameters beside an optimizer's state.
@@ -66,7 +66,7 @@ def within(names: tuple[str, ...], inside: tuple[str, ...] | None) -> tuple[tupl
   return names[len(inside or ()) :], ""
 
 
-def model_names(names: Iterable[tuple[str, ...]], joined: bool) -> tuple[tuple[str, ...], dict[tuple[str, ...], str]]:
+def model_names(names: Collection[tuple[str, ...]], joined: bool) -> tuple[tuple[str, ...], dict[tuple[str, ...], str]]:
   """Of flat names, by components, the prefix of the model's, and of others why they are not of the model.
 
   Args:
@@ -96,5 +96,5 @@ def model_names(names: Iterable[tuple[str, ...]], joined: bool) -> tuple[tuple[s
 def _is_state(name: tuple[str, ...]) -> bool:
   if any(map(_STATE.fullmatch, name[:-1])):
     return True
-  moments = name[0] == "opt" and not _MOMENTS.isdisjoint(name)
+  moments = name[0] == "opt" and not _MOMENTS.isdisjoint(name[1:3])
   return len(name) > 1 and (moments or _BESIDE.fullmatch(name[0]) is not None)

@@ -440,7 +440,7 @@ def test_training_states_under_flat_names(tmp_path, series, record, case):
     ["model.h.w", "lm_head.w"],
     ["model.h.w", "timestep_embed.w"],
     ["params.0", "net.0.w"],
-    ["opt.decoder.w", "opt_proj.w", "qformer.w"],
+    ["opt.layers.0.attn.v.w", "opt_proj.w", "qformer.w"],
     ["a.mu.w", "a.nu.w"],
     ["ema.w", "ema_gate.w", "optics.w", "model.w"],
     ["w", "w/v"],
