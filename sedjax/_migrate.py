@@ -55,6 +55,7 @@ def migrate(old_state: Any, new_state: Any) -> Any:
     0
   """
   available: dict[Any, list[Any]] = defaultdict(list)
+  orders: tuple[list[Any], list[Any]] = [], []  # of the old state's names and of the new one's
   trackers: dict[str, TrackerState] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(old_state, is_leaf=_is_tracker):
     if isinstance(leaf, SpectralEdgeState):
@@ -64,6 +65,7 @@ def migrate(old_state: Any, new_state: Any) -> Any:
       trackers |= leaf.trackers
     else:
       available[_names(path)].append(leaf)
+      orders[0].append(_names(path))
 
   def take(path: tuple[Any, ...], leaf: Any) -> Any:
     if isinstance(leaf, SpectralEdgeState):
@@ -73,6 +75,7 @@ def migrate(old_state: Any, new_state: Any) -> Any:
       }
       return SpectralEdgeState(carried)
     names = _names(path)
+    orders[1].append(names)
     if not available[names]:
       raise ValueError(
         f"sedjax.migrate: the old state has no array for {'/'.join(names)!r}; both states must come from optimizers "
@@ -94,6 +97,12 @@ def migrate(old_state: Any, new_state: Any) -> Any:
     raise ValueError(
       f"sedjax.migrate: the new state has no place for {left[0]!r}; both states must come from optimizers that differ "
       "in their trackers only."
+    )
+  if orders[0] != orders[1]:
+    moved = next("/".join(one) for one, two in zip(*orders, strict=True) if one != two)
+    raise ValueError(
+      f"sedjax.migrate: {moved!r} comes at another place among the arrays of the new state; both states must come from "
+      "optimizers that differ in their trackers only, with all else in the same order."
     )
   return migrated
 

@@ -151,3 +151,11 @@ def test_what_cannot_be_carried():
     sedjax.migrate(twins.init(params), state[-1:])
   with pytest.raises(ValueError, match="the states are traced"):
     jax.jit(sedjax.migrate)(state, state)
+
+
+def test_optimizers_in_another_order_are_refused():
+  """All of their arrays have a place, but training would go on with other updates."""
+  old = optax.chain(optax.trace(0.9), optax.scale_by_adam()).init(tree())
+  new = optax.chain(optax.scale_by_adam(), optax.trace(0.9), sedjax.track_spectral_edge(3, sketch=COUNT)).init(tree())
+  with pytest.raises(ValueError, match=r"comes at another place .* with all else in the same order"):
+    sedjax.migrate(old, new)
