@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from typing import Any
 
 import jax
@@ -18,10 +18,10 @@ def _is_tracker(node: Any) -> bool:
   return isinstance(node, SpectralEdgeState)
 
 
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+def _name(path: tuple[Any, ...]) -> str:
   """The field names and dict keys on the way to a leaf: positions in a chain change, these do not."""
   named = (getattr(key, "name", getattr(key, "key", None)) for key in path)
-  return tuple(name if isinstance(name, str) else repr(name) for name in named if name is not None)
+  return "/".join(name if isinstance(name, str) else repr(name) for name in named if name is not None)
 
 
 def migrate(old_state: Any, new_state: Any) -> Any:
@@ -54,9 +54,8 @@ def migrate(old_state: Any, new_state: Any) -> Any:
     >>> int(sedjax.get_report(state).count)
     0
   """
-  available: dict[Any, list[Any]] = defaultdict(list)
-  orders: tuple[list[Any], list[Any]] = [], []  # of the old state's names and of the new one's
   trackers: dict[str, TrackerState] = {}
+  others: list[tuple[str, Any]] = []  # of the old state, with their names
   for path, leaf in jax.tree_util.tree_leaves_with_path(old_state, is_leaf=_is_tracker):
     if isinstance(leaf, SpectralEdgeState):
       twice = trackers.keys() & leaf.trackers.keys()
@@ -64,47 +63,50 @@ def migrate(old_state: Any, new_state: Any) -> Any:
         raise ValueError(f"sedjax.migrate: two trackers of the old state have one name, {min(twice)!r}.")
       trackers |= leaf.trackers
     else:
-      available[_names(path)].append(leaf)
-      orders[0].append(_names(path))
+      others.append((_name(path), leaf))
+  leaves = jax.tree_util.tree_leaves_with_path(new_state, is_leaf=_is_tracker)
+  _check_names([name for name, _ in others], [_name(path) for path, leaf in leaves if not _is_tracker(leaf)])
+  rest = iter(others)
 
-  def take(path: tuple[Any, ...], leaf: Any) -> Any:
+  def take(leaf: Any) -> Any:
     if isinstance(leaf, SpectralEdgeState):
       carried = {
         name: _carry(name, trackers[name], tracker) if name in trackers else tracker
         for name, tracker in leaf.trackers.items()
       }
       return SpectralEdgeState(carried)
-    names = _names(path)
-    orders[1].append(names)
-    if not available[names]:
-      raise ValueError(
-        f"sedjax.migrate: the old state has no array for {'/'.join(names)!r}; both states must come from optimizers "
-        "that differ in their trackers only, restored with the old optimizer's own state as the target."
-      )
-    old = available[names].pop(0)
+    name, old = next(rest)
     if isinstance(old, int | float):  # some loaders restore scalars so
       old = jnp.asarray(old, leaf.dtype)
     if np.shape(old) != np.shape(leaf) or old.dtype != leaf.dtype:
       raise ValueError(
-        f"sedjax.migrate: {'/'.join(names)!r} is {old.dtype}{list(np.shape(old))} in the old state and "
+        f"sedjax.migrate: {name!r} is {old.dtype}{list(np.shape(old))} in the old state and "
         f"{leaf.dtype}{list(np.shape(leaf))} in the new one; both must be for the same parameters."
       )
     return old
 
-  migrated = jax.tree_util.tree_map_with_path(take, new_state, is_leaf=_is_tracker)
-  left = ["/".join(names) for names, leaves in available.items() if leaves]
+  return jax.tree.map(take, new_state, is_leaf=_is_tracker)
+
+
+def _check_names(old: list[str], new: list[str]) -> None:
+  """Refuses states whose arrays outside of trackers have other names, or the same ones in another order."""
+  lacking, left = Counter(new) - Counter(old), Counter(old) - Counter(new)
+  if lacking:
+    raise ValueError(
+      f"sedjax.migrate: the old state has no array for {next(iter(lacking))!r}; both states must come from optimizers "
+      "that differ in their trackers only, restored with the old optimizer's own state as the target."
+    )
   if left:
     raise ValueError(
-      f"sedjax.migrate: the new state has no place for {left[0]!r}; both states must come from optimizers that differ "
-      "in their trackers only."
+      f"sedjax.migrate: the new state has no place for {next(iter(left))!r}; both states must come from optimizers "
+      "that differ in their trackers only."
     )
-  if orders[0] != orders[1]:
-    moved = next("/".join(one) for one, two in zip(*orders, strict=True) if one != two)
+  moved = next((name for name, other in zip(old, new, strict=True) if name != other), None)
+  if moved is not None:
     raise ValueError(
       f"sedjax.migrate: {moved!r} comes at another place among the arrays of the new state; both states must come from "
       "optimizers that differ in their trackers only, with all else in the same order."
     )
-  return migrated
 
 
 def _carry(name: str, old: TrackerState, new: TrackerState) -> TrackerState:

@@ -171,7 +171,7 @@ def _headlines(facts: Facts) -> list[str]:
     f"rows{of}; tables have all groups and windows."
   ]
   if not facts.filled.any():
-    return [*said, f"{facts.nothing}, so nothing can be said about an edge."]
+    return [*said, f"{facts.why_no_edge}, so nothing can be said about an edge."]
   first = [[span.first for span in spans if span.phase == Phase.RISE] for spans in facts.spans]
   risen = [steps[0] for steps in first if steps]
   any_edge = [any(span.phase > Phase.NO_EDGE for span in spans) for spans in facts.spans]
@@ -277,7 +277,7 @@ def _agreement(facts: Facts) -> str:
 
 def _edge_section(facts: Facts) -> str:
   if not facts.filled.any():
-    return f"<h2>The edge, and how sure it is</h2><p>{facts.nothing}: there is no edge to speak of.</p>"
+    return f"<h2>The edge, and how sure it is</h2><p>{facts.why_no_edge}: there is no edge to speak of.</p>"
   sums = facts.sums
   best = int(sums.peak[facts.at].argmax())
   peak, step = float(sums.peak[facts.at][best]), int(sums.peak_step[facts.at][best])

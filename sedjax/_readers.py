@@ -479,9 +479,6 @@ def _has_lists(tree: Any) -> bool:
   return is_list(tree) or (isinstance(tree, Mapping) and any(map(_has_lists, tree.values())))
 
 
-# ---- names ----
-
-
 def _new(name: str, known: Mapping[str, Any]) -> str:
   """The name, which no other tensor may have."""
   if name in known:

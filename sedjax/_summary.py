@@ -85,7 +85,7 @@ class Facts:
     self.phase, self.gap, self.null = field("phase"), field("gap_ratio"), field("null_ratio")
     self.k_star = field("k_star")
     self.filled = (self.k_star > 0) & np.isfinite(self.gap)
-    self.nothing = (
+    self.why_no_edge = (
       "The gap ratio is NaN or infinite in every full window" if (self.k_star > 0).any() else "The window is never full"
     )
     shown = np.where(self.filled, self.gap, np.nan)

@@ -16,6 +16,7 @@ _OPTIMIZER = re.compile(r"optim|^opt(_|$)")
 # and, in front, averages of parameters and running statistics.
 _STATE = re.compile(r"optim(izer)?s?(_states?)?(_dict)?|opt_states?|(max_)?exp_avg(_sq)?|momentum_buffer")
 _BESIDE = re.compile(r"ema_(model|net|params|weights|state(_dict)?)|(model|net|params|weights)_ema|batch_stats")
+_BY_NAME = "outside of the model, as its name says"
 _MOMENTS = {"mu", "nu", "m", "v", "trace", "momentum", "velocity"}
 
 
@@ -32,6 +33,7 @@ def flatten(tree: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 
 
 def is_list(tree: Any) -> bool:
+  """Whether a node has children by number; metadata of arrays may be tuples, too."""
   return isinstance(tree, list | tuple) and not hasattr(tree, "shape")
 
 
@@ -62,7 +64,7 @@ def within(names: tuple[str, ...], inside: tuple[str, ...] | None) -> tuple[tupl
   if inside is not None and names[: len(inside)] != inside:
     return names, f"outside of {'/'.join(inside)!r}"
   if inside is None and len(names) > 1 and _OPTIMIZER.search(names[0]):
-    return names, "outside of the model, as its name says"
+    return names, _BY_NAME
   return names[len(inside or ()) :], ""
 
 
@@ -75,7 +77,7 @@ def model_names(names: Collection[tuple[str, ...]], joined: bool) -> tuple[tuple
   """
   state = [name for name in names if _is_state(name)]
   averages = [name for name in names if state and name[0] == "ema" and len(name) > 1]  # else it may be a module
-  outside = dict.fromkeys(state + averages, "outside of the model, as its name says")
+  outside = dict.fromkeys(state + averages, _BY_NAME)
   tree: dict[str, Any] = {}
   for name in names:
     node = tree

@@ -544,6 +544,7 @@ def _heat(ax: Any, steps: np.ndarray, values: np.ndarray, sides: np.ndarray, lab
 
 
 _NO_EVENTS = ("singular_values", "effective_dim")
+_DASHES = {"color": "black", "lw": 0.8, "ls": (0, (6, 3))}  # of events
 _TICKS = (1, 1.5, 2, 3, 5, 10, 20, 50, 100, 300)
 
 
@@ -596,8 +597,7 @@ def _label(record: xr.Dataset, name: str, width: int = 30) -> str:
 
 
 def _plain(text: str) -> str:
-  """Text of the record as matplotlib has to be given it: a dollar sign would begin a formula, and control characters
-  have no glyphs."""
+  """Text for matplotlib, where a dollar sign would begin a formula and control characters have no glyphs."""
   return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()).replace("$", r"\$")
 
 
@@ -621,35 +621,43 @@ def _short(name: str, length: int = 28) -> str:
   return _plain(name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}")
 
 
-def _finish(ax: Any, record: xr.Dataset, name: str | None, reverse: bool = False) -> Any:
-  """Labels, limits, events and the legend, which lies above the axes where it hides nothing."""
-  matplotlib, pixels = load_matplotlib(), _pixels(ax)
-  ax.set_xlabel(_label(record, "step", 60) if "step" in record.variables else "step")
-  if name:
-    ax.set_ylabel(_label(record, name))
-  happened = events_of(record)
-  ends = [*record.step.values[[0, -1]]] if record.sizes.get("step") else []
-  if f"{name}_step" in record.variables and record.sizes[f"{name}_step"]:
-    ends += [*record[f"{name}_step"].values[[0, -1]]]
-  if ends:
-    margin = (max(ends) - min(ends)) * 0.005 or 1
-    ax.set_xlim(min(ends) - margin, max(ends) + margin)
-  dashes = {"color": "black", "lw": 0.8, "ls": (0, (6, 3))}
+def _mark_events(ax: Any, record: xr.Dataset, pixels: int) -> list[tuple[int, int, str]]:
+  """Draws events as numbered lines, but none so close to another that it would hide what is drawn.
+
+  Returns:
+    The number, step and text of each event within the axes.
+  """
   low, high = ax.get_xlim()
-  happened = [(number, step, what) for number, (step, what) in enumerate(happened, 1) if low <= step <= high]
+  happened = [(number, *event) for number, event in enumerate(events_of(record), 1) if low <= event[0] <= high]
   drawn = numbered = -np.inf
   for number, step, _ in happened:
     at = (step - low) / (high - low) * pixels
-    if at - drawn < 4:  # many events would hide what is drawn
+    if at - drawn < 4:
       continue
-    ax.axvline(step, zorder=3, **dashes)
     drawn = at
+    ax.axvline(step, zorder=3, **_DASHES)
     if at - numbered < 14:
       continue
     numbered = at
     ax.annotate(str(number), (step, 1), xycoords=("data", "axes fraction"), xytext=(2, -2), va="top", fontsize="small",
                 textcoords="offset points", annotation_clip=True,
                 bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none"})  # fmt: skip
+  return happened
+
+
+def _finish(ax: Any, record: xr.Dataset, name: str | None, reverse: bool = False) -> Any:
+  """Labels, limits, events and the legend, which lies above the axes where it hides nothing."""
+  matplotlib, pixels = load_matplotlib(), _pixels(ax)
+  ax.set_xlabel(_label(record, "step", 60) if "step" in record.variables else "step")
+  if name:
+    ax.set_ylabel(_label(record, name))
+  ends = [*record.step.values[[0, -1]]] if record.sizes.get("step") else []
+  if f"{name}_step" in record.variables and record.sizes[f"{name}_step"]:
+    ends += [*record[f"{name}_step"].values[[0, -1]]]
+  if ends:
+    margin = (max(ends) - min(ends)) * 0.005 or 1
+    ax.set_xlim(min(ends) - margin, max(ends) + margin)
+  happened = _mark_events(ax, record, pixels)
   ax.xaxis.set_major_locator(
     matplotlib.ticker.MaxNLocator(max(2, min(6, pixels // 70)), integer=True, steps=[1, 2, 2.5, 5, 10])
   )
@@ -664,7 +672,7 @@ def _finish(ax: Any, record: xr.Dataset, name: str | None, reverse: bool = False
       handles[i] = matplotlib.patches.Patch(fc=face, hatch=hatch, ec="#999999", lw=0.6)
   # All pictures number the events; those of the gap ratio and of the user's series also say what they were.
   for number, _, what in happened[:4] if name and name not in _NO_EVENTS else []:
-    handles.append(matplotlib.lines.Line2D([], [], **dashes))
+    handles.append(matplotlib.lines.Line2D([], [], **_DASHES))
     labels.append(f"{number}: {_short(what, 32)}")
   if labels:
     # As many columns as have room; a legend wider than the axes would narrow them.
