@@ -121,7 +121,7 @@ def analyze(
   config = _config(window, every, k_max, sketch, group_function(groups), "updates", momentum)
   if len(series) == 1:
     raise CheckpointError(
-      f"sedjax analyze: {series[0].file} is one checkpoint; give a series of them, as by a pattern in quotes ('run/*')."
+      f"sedjax analyze: {series[0].file} is one file alone; give a series of checkpoints, as by a pattern in quotes."
     )
   if len(series) - 1 < max(config.windows):
     raise CheckpointError(

@@ -699,7 +699,7 @@ def test_series_that_make_no_record(tmp_path, files):
   refused("no file matches", str(tmp_path / "*.npz"))
   refused("there is no file", [str(tmp_path / "a.npz")])
   refused(r"from .* \(step 0\) to .* there are 9 checkpoints, and so 8 rows, fewer than the window of 10", files)
-  refused(r"step_0\.npz is one checkpoint; give a series of them", files.replace("*", "0"))
+  refused(r"step_0\.npz is one file alone; give a series of checkpoints", files.replace("*", "0"))
   refused("3 steps were given for 9", files, steps=(1, 2, 3))
   folder = os.path.dirname(files)
   names = [f"{folder}/step_{i * EVERY}.npz" for i in range(COUNT)]
