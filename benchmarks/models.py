@@ -14,16 +14,19 @@ Tree = Any  # nested dicts of arrays
 
 
 class Gpt(NamedTuple):
-  """The sizes of a GPT whose output layer is its token embedding."""
+  """The sizes of a GPT whose output layer is its token embedding, unless it has a head of its own."""
 
   vocab: int
   width: int
   layers: int
   context: int
+  widening: int = 4  # of the hidden layers
+  head: bool = False
 
 
 GPTS = {
   "gpt_220k": Gpt(97, 128, 1, 64),
+  "grok_290k": Gpt(97, 128, 2, 2, widening=2, head=True),  # of the paper's modular arithmetic: 290,401 parameters
   "gpt_51m": Gpt(50257, 512, 8, 256),
   "gpt2_124m": Gpt(50257, 768, 12, 1024),
   "gpt2_1p3b": Gpt(50257, 2048, 24, 1024),
@@ -36,6 +39,7 @@ _MANY_LAYERS, _DRAWS, _VARIANTS = 8, 16, 64
 def shapes(name: str, dtype: Any = jnp.float32, lead: tuple[int, ...] = ()) -> Tree:
   """The tree as `jax.ShapeDtypeStruct`s; `lead` (seeds, say) goes in front of every shape."""
   gpt = GPTS[name]
+  hidden = gpt.widening * gpt.width
 
   def leaf(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((*lead, *shape), dtype)
@@ -51,11 +55,12 @@ def shapes(name: str, dtype: Any = jnp.float32, lead: tuple[int, ...] = ()) -> T
       "ln_1": norm(),
       "attn": {"qkv": linear(gpt.width, 3 * gpt.width), "out": linear(gpt.width, gpt.width)},
       "ln_2": norm(),
-      "mlp": {"up": linear(gpt.width, 4 * gpt.width), "down": linear(4 * gpt.width, gpt.width)},
+      "mlp": {"up": linear(gpt.width, hidden), "down": linear(hidden, gpt.width)},
     }
 
   blocks = {f"block_{i:02}": block() for i in range(gpt.layers)}
-  return {"wte": leaf(gpt.vocab, gpt.width), "wpe": leaf(gpt.context, gpt.width), "ln_f": norm(), **blocks}
+  head = {"head": linear(gpt.width, gpt.vocab)} if gpt.head else {}
+  return {"wte": leaf(gpt.vocab, gpt.width), "wpe": leaf(gpt.context, gpt.width), "ln_f": norm(), **head, **blocks}
 
 
 def sizes(tree: Tree) -> dict[str, int]:
@@ -147,5 +152,6 @@ def loss(params: Tree, tokens: jax.Array, dtype: Any = jnp.float32) -> jax.Array
   x = params["wte"][inputs] + params["wpe"][: inputs.shape[1]]
   for name in (name for name in params if name.startswith("block_")):
     x = _block(params[name], x)
-  logits = _norm(params["ln_f"], x) @ params["wte"].T
+  head = params.get("head", {"kernel": params["wte"].T, "bias": jnp.zeros((), dtype)})
+  logits = _linear(head, _norm(params["ln_f"], x))
   return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets).mean()

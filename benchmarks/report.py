@@ -140,7 +140,7 @@ def show_seeds(section: Section) -> str:
 
 
 def show_step(section: Section) -> str:
-  head = ["model, batch", "step without", "tracker adds", "that is", "paired steps"]
+  head = ["model, batch", "step without", "tracker adds", "that is", "paired steps", "temporaries it adds"]
   head += ["`observe` between steps", "that is"]
   rows = []
   for line in section["lines"]:
@@ -152,8 +152,9 @@ def show_step(section: Section) -> str:
     share = f"{percent(line['overhead'])} ± {percent(line['overhead_standard_error'])}"
     without = duration(line["without"]["median_s"])
     alone = line["alone"]["median_s"]
+    more = line["with"]["temporary_bytes"] - line["without"]["temporary_bytes"]
     names = [f"`{line['tree']}`, {line.get('dtype', 'float32')}, {batch}", without, adds, share, str(line["rounds"])]
-    rows.append([*names, duration(alone), percent(alone / line["without"]["median_s"])])
+    rows.append([*names, memory(more), duration(alone), percent(alone / line["without"]["median_s"])])
   return (
     "Training steps (AdamW) with and without the tracker, mean difference ± its standard error, and `observe` by "
     "itself, timed between the steps:\n\n" + table(head, rows)

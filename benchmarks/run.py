@@ -51,7 +51,7 @@ from sedjax import _eigen, core
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW, DIM = 10, 16384
-SMALL, MIDDLE = "gpt_220k", "gpt_51m"
+TINY, SMALL, MIDDLE = "gpt_220k", "grok_290k", "gpt_51m"
 Section = dict[str, Any]
 
 
@@ -65,7 +65,7 @@ class Effort(NamedTuple):
 
   @property
   def trees(self) -> tuple[str, ...]:
-    return (SMALL,) if self.smoke else (SMALL, MIDDLE, "gpt2_124m")
+    return (SMALL,) if self.smoke else (TINY, SMALL, MIDDLE, "gpt2_124m")
 
 
 class Observer:
@@ -277,15 +277,16 @@ def measure_seeds(effort: Effort) -> Section:
 
 
 def measure_step(effort: Effort) -> Section:
+  # (tree, sequences, tokens in each, dtype, rounds). The seconds that the tracker adds do not depend on how many tokens
+  # there are, and short steps vary less.
   if effort.smoke:
-    cases = [(SMALL, 8, "float32")]
+    cases = [(SMALL, 8, 2, "float32", 10)]
   elif effort.accelerator:
-    cases = [("gpt2_124m", 32, "bfloat16"), ("gpt2_124m", 8, "bfloat16")]
+    cases = [("gpt2_124m", batch, 1024, "bfloat16", 200) for batch in (32, 8)]
   else:
-    cases = [(MIDDLE, 8, "float32")]
+    cases = [(MIDDLE, 8, 256, "float32", 16), (MIDDLE, 1, 64, "float32", 100)]
 
-  def measure(name: str, batch: int, dtype: str) -> Section:
-    length = models.GPTS[name].context
+  def measure(name: str, batch: int, length: int, dtype: str, rounds: int) -> Section:
     generator = np.random.default_rng(0)
     tokens = [
       jnp.asarray(generator.integers(models.GPTS[name].vocab, size=(batch, length + 1)), jnp.int32) for _ in range(8)
@@ -317,7 +318,6 @@ def measure_step(effort: Effort) -> Section:
       states[kind] = tuple(state)
       return (*state, loss)
 
-    rounds = 10 if effort.smoke else 200 if effort.accelerator else 16
     seconds: dict[str, list[float]] = {kind: [] for kind in states}
     for i in range(2 + rounds):
       # Every other round the one with the tracker goes first.
@@ -341,9 +341,9 @@ def measure_step(effort: Effort) -> Section:
     }
 
   lines = []
-  for name, batch, dtype in cases:
+  for name, *sizes, dtype, rounds in cases:
     what = {"tree": name, "dtype": dtype}
-    lines.append(if_it_fits(functools.partial(measure, name, batch, dtype), what))
+    lines.append(if_it_fits(functools.partial(measure, name, *sizes, dtype, rounds), what))
   return {"lines": lines}
 
 

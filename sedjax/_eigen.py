@@ -200,9 +200,12 @@ def _primitive() -> Any:
       warnings.simplefilter("ignore", DeprecationWarning)  # of Triton, see `_has_kernels`
       return mlir.lower_fun(with_promotion(form), multiple_results=True)(context, grams)
 
+  # Programs that are exported for several platforms at once hold a rule for each, whether or not it is reached.
+  library = mlir.lower_fun(with_promotion(by_library), multiple_results=True)
   primitive.def_impl(by_library)  # where jit is disabled
   primitive.def_abstract_eval(results)
   batching.primitive_batchers[primitive] = batched
+  mlir.register_lowering(primitive, library)
   mlir.register_lowering(primitive, lowered, platform="cuda")
   return primitive
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from sedjax import _placement, core
+from sedjax import _keep, _placement, core
 from sedjax._layout import is_inexact, layout_of, shapes_by_path, tree_id
 from sedjax._types import Report
 
@@ -24,6 +24,15 @@ def _with_integers_of(updates: Any, params: Any) -> Any:
   if jax.tree.structure(updates) != jax.tree.structure(params):
     return updates
   return jax.tree.map(lambda update, leaf: update if is_inexact(leaf) else leaf, updates, params)
+
+
+def _stored(watched: Any, updates: Any, tracked: list[int], state: jax.Array) -> tuple[Any, Any]:
+  """What is watched and the updates, the tracked leaves of which XLA stores once; see `_keep`."""
+  seen, structure = jax.tree.flatten(watched)
+  passed = jax.tree.leaves(updates)
+  for i, *pair in zip(tracked, *_keep.stored([passed[i] for i in tracked], state), strict=True):
+    seen[i], passed[i] = pair
+  return structure.unflatten(seen), jax.tree.unflatten(jax.tree.structure(updates), passed)
 
 
 def track_spectral_edge(
@@ -72,9 +81,9 @@ def track_spectral_edge(
     ValueError: an argument is out of its range; in `update`, a tree that differs from that of `init`, or
       `source="params"` without parameters. The message names what was given and what is accepted.
 
-  Cost: one read of the updates a step; (W + 3)·dim·4 bytes a group; every row, a Gram column and an eigenproblem of W
-    rows in each group and window. What noise shows is simulated on the host when the tracker is first traced, once for
-    each window, in W³ operations: seconds from 128 rows on.
+  Cost: one read of the updates a step, which a program that makes them also stores, once; (W + 3)·dim·4 bytes a group;
+    every row, a Gram column and an eigenproblem of W rows in each group and window. What noise shows is simulated on
+    the host when the tracker is first traced, once for each window, in W³ operations: seconds from 128 rows on.
 
   Source: arXiv 2603.15678. Departures: rows are steps rather than checkpoints, seen through a sketch; `k_max`; the
     phases are streaming, without hindsight.
@@ -110,7 +119,8 @@ def track_spectral_edge(
     from_params = source == "params" and params is not None
     watched = params if from_params else _with_integers_of(updates, params)
     specs = blocks.specs(shapes_by_path(watched)) if blocks else None
-    if any(seen.values()) and tree_id(layout_of(watched, groups, specs)) not in seen:
+    layout = layout_of(watched, groups, specs)
+    if any(seen.values()) and tree_id(layout) not in seen:
       raise ValueError(core.TREE_CHANGED)
     if not isinstance(state, SpectralEdgeState) or name not in state.trackers:
       found = f"a state of trackers {list(state.trackers)}" if isinstance(state, SpectralEdgeState) else type(state)
@@ -118,8 +128,16 @@ def track_spectral_edge(
         f"track_spectral_edge: update expects the state of tracker {name!r}, got {found}; pass what tx.init or "
         "tx.update returned, or sedjax.migrate it to this optimizer."
       )
+    tracker = state.trackers[name]
+    tracked = [i for i, group in enumerate(layout.group) if group is not None]
     with jax.named_scope("sedjax"):
-      tracker = core.observe(config, state.trackers[name], watched, params, sed_step, specs)
+      if from_params:
+        tracker = core.observe(config, tracker, watched, params, sed_step, specs)
+        leaves, structure = jax.tree.flatten(updates)
+        updates = structure.unflatten(_keep.later(leaves, tracker.counters))
+      else:
+        watched, updates = _stored(watched, updates, tracked, tracker.counters)
+        tracker = core.observe(config, tracker, watched, params, sed_step, specs)
     return updates, SpectralEdgeState({name: tracker})
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

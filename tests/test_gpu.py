@@ -4,10 +4,12 @@ JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu -n 0 tests/test_gpu.py
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracles
 import pytest
 
@@ -129,3 +131,18 @@ def test_no_copy_of_the_updates_and_no_library_that_waits(dtype, seeds):
   text = compiled.as_text()
   assert "cusolver" not in text
   assert "callback" not in text
+
+
+@pytest.mark.parametrize("source", ["updates", "params"])
+def test_a_step_copies_no_parameters(source):
+  """AdamW's step stores each leaf's updates while they are looked at, and nothing where parameters are."""
+  params = {f"layer{i}": jax.ShapeDtypeStruct((1024, 1024), jnp.float32) for i in range(24)}
+  tx = optax.chain(optax.adamw(1e-3), sedjax.track_spectral_edge(10, source=source, every=20))
+
+  def step(params, state, gradients):
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), params).compile()
+  assert not re.findall(r"= f32\[1024,1024\]\S* copy\(", compiled.as_text())
+  assert compiled.memory_analysis().temp_size_in_bytes <= 48 * 2**20  # half of the updates

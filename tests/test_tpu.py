@@ -8,6 +8,8 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 import sedjax
@@ -58,12 +60,50 @@ def test_no_loop_or_scatter_is_of_parameter_size(compiled):
   assert not compiled["callback"]
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_observe_exports(platform):
-  """The whole of `observe` lowers for each platform on a machine that need not have it."""
+@pytest.mark.tpu
+@pytest.mark.xdist_group("tpu")
+def test_a_step_stores_the_updates_once(compiled):
+  """A tracked step of AdamW accesses the updates more: written by the kernel that makes them, and read once."""
+  tracked, plain = compiled["tracked step"], compiled["step"]
+  assert tracked["copies"] == plain["copies"] == []
+  more = (tracked["bytes"] - plain["bytes"]) / plain["update_bytes"]
+  assert 1.97 <= more <= 2.05
+
+
+PLATFORMS = pytest.mark.parametrize(
+  "platforms", [["cpu"], ["cuda"], ["tpu"], ["cpu", "cuda", "tpu"]], ids=lambda platforms: ", ".join(platforms)
+)
+
+
+@PLATFORMS
+def test_observe_exports(platforms):
+  """The whole of `observe` lowers for each platform, and for all at once, on a machine that need not have it."""
   config = sedjax.core.Config(window=4)
   params = {"w": jax.ShapeDtypeStruct((64, 48), jnp.float32), "b": jax.ShapeDtypeStruct((48,), jnp.bfloat16)}
   state = jax.eval_shape(lambda: sedjax.core.init(config, params))
   observe = jax.jit(lambda s, u: sedjax.core.observe(config, s, u))
-  exported = jax.export.export(observe, platforms=[platform])(state, params)
-  assert exported.platforms == (platform,)
+  exported = jax.export.export(observe, platforms=platforms)(state, params)
+  assert exported.platforms == tuple(platforms)
+
+
+def test_what_is_exported_for_all_platforms_runs_here():
+  config = sedjax.core.Config(window=4)
+  params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 48)), jnp.float32)}
+  observe = jax.jit(lambda s, u: sedjax.core.observe(config, s, u))
+  mine = theirs = sedjax.core.init(config, params)
+  exported = jax.export.export(observe, platforms=["cpu", "cuda", "tpu"])(mine, params)
+  for i in range(5):
+    updates = {"w": jnp.roll(params["w"], i)}
+    mine, theirs = observe(mine, updates), exported.call(theirs, updates)
+  found, expected = (sedjax.core.report(state).singular_values for state in (theirs, mine))
+  assert (expected > 0).all()
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@PLATFORMS
+@pytest.mark.parametrize("source", ["updates", "params"])
+def test_a_step_exports(source, platforms):
+  tx = optax.chain(optax.adamw(1e-3), sedjax.track_spectral_edge(4, source=source))
+  params = {"w": jax.ShapeDtypeStruct((128, 48), jnp.float32), "b": jax.ShapeDtypeStruct((48,), jnp.bfloat16)}
+  exported = jax.export.export(jax.jit(tx.update), platforms=platforms)(params, jax.eval_shape(tx.init, params), params)
+  assert exported.platforms == tuple(platforms)

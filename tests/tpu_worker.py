@@ -17,6 +17,7 @@ os.environ |= {
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.experimental import topologies
 
 import sedjax
@@ -75,6 +76,27 @@ def program_of(one):
   return observe.lower(state, params).compile().as_text()
 
 
+def step_of(one, *trackers):
+  """Bytes that a step of AdamW accesses, as the compiler counts, and how many large arrays it copies."""
+  params = abstract(lambda _: one, layers=2)
+  tx = optax.chain(optax.adamw(1e-3), *trackers)
+
+  def step(params, state, gradients):
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), jax.eval_shape(tx.init, params))
+  lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
+  compiled = lowered.compile({"xla_msa_max_outstanding_prefetches": "0"})
+  copies = [line for line in compiled.as_text().splitlines() if " copy(" in line]
+  analysis = compiled.cost_analysis()
+  return {
+    "bytes": analysis["bytes accessed"],
+    "update_bytes": sum(4 * leaf.size for leaf in jax.tree.leaves(params)),
+    "copies": [line for line in copies if any(shape in line for shape in LARGE)],
+  }
+
+
 def main():
   topology = topologies.get_topology_desc("v5e:2x4", platform="tpu")
   one = jax.sharding.SingleDeviceSharding(topology.devices[0])
@@ -86,6 +108,8 @@ def main():
     "callback": "callback" in text,
     "large_loops": [line for line in loops if any(shape in line for shape in LARGE)],
   }
+  found["step"] = step_of(one)
+  found["tracked step"] = step_of(one, sedjax.track_spectral_edge(10))
   for kind in ("Explicit", "Auto"):
     types = (jax.sharding.AxisType[kind],) * 2
     mesh = topologies.make_mesh(topology, (2, 4), ("data", "model"))

@@ -1,0 +1,123 @@
+"""Keeps XLA from copying parameters, where updates are made, looked at and applied in one program.
+
+Updates are a few operations on gradients, moments and parameters, and XLA rather makes them anew for whatever uses them
+than store them: also for what looks at them, from a copy of parameters that are overwritten meanwhile. Storing them
+once, leaf by leaf, is what looking at them has to cost. Nothing here changes a number, and where updates or parameters
+come from elsewhere, as arguments of the program, there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from sedjax import _placement, _small
+from sedjax._count import zero_of
+
+
+def _made_here(x: Any) -> bool:
+  """Whether a traced array is the result of an operation in the function that is traced, and not its argument."""
+  while isinstance(x, Tracer) and not hasattr(x, "parent"):
+    x = getattr(x, "val", getattr(x, "primal", None))  # of those that vmap and differentiation put around another
+  return getattr(x, "parent", None) is not None
+
+
+def _xor(x: jax.Array, bits: jax.Array) -> jax.Array:
+  kind = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+  return lax.bitcast_convert_type(lax.bitcast_convert_type(x, kind) ^ bits.astype(kind), x.dtype)
+
+
+@jax.custom_batching.custom_vmap
+def _shared_zero_of(x: jax.Array) -> jax.Array:
+  """`zero_of`, and under vmap one for all, since each round of a loop that has one for each would be selected."""
+  return zero_of(x)
+
+
+@_shared_zero_of.def_vmap
+def _(axis_size: int, in_batched: Any, x: jax.Array) -> tuple[jax.Array, bool]:
+  del axis_size, in_batched
+  split, _ = _placement.explicit_spec(x)
+  # Where each lies on another device there is none that all know, and then XLA may do as it likes.
+  return (jnp.uint32(0) if any(split) else _shared_zero_of(x[0])), False
+
+
+def _after_no_rounds(x: jax.Array, zero: jax.Array) -> jax.Array:
+  """x behind a loop, of as many rounds as `zero` says, in which its bits stay: on CPU XLA drops its own barriers."""
+
+  def one_more(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    done, x = carry
+    return done + np.uint32(1), _xor(x, done)
+
+  return lax.while_loop(lambda carry: carry[0] < zero, one_more, (jnp.uint32(0), x))[1]
+
+
+@jax.custom_jvp
+def _stored(x: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return _traced_stored(x, zero)
+
+
+@_stored.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+  return _stored(*primals), (tangents[0], tangents[0])
+
+
+def _stored_on_cpu(x: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
+  if x.size <= _small.MOST or not jnp.issubdtype(x.dtype, jnp.floating):
+    return x, x
+  # Both, since XLA on CPU makes no two arrays in one kernel: what is applied would be made again.
+  x = _after_no_rounds(x, zero)
+  return x, x
+
+
+@functools.partial(jax.jit, inline=True)  # traced once for each shape
+def _traced_stored(x: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return lax.platform_dependent(
+    x,
+    zero,
+    cpu=_stored_on_cpu,
+    default=lambda x, zero: (lax.optimization_barrier(x), x),  # noqa: ARG005
+  )
+
+
+def stored(updates: list[Any], state: jax.Array) -> tuple[list[Any], list[Any]]:
+  """Updates to look at, and the same to hand on, so that XLA stores each leaf once.
+
+  Args:
+    updates: arrays of floats or complex floats.
+    state: any numbers of which XLA knows nothing.
+  """
+  if not any(map(_made_here, updates)):
+    return updates, updates
+  zero = _shared_zero_of(state)
+  pairs = [_stored(x, zero) if _made_here(x) else (x, x) for x in updates]
+  return [seen for seen, _ in pairs], [passed for _, passed in pairs]
+
+
+@jax.custom_jvp
+def _later(x: jax.Array, zero: jax.Array) -> jax.Array:
+  return _xor(x, zero)
+
+
+@_later.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+  return _later(*primals), tangents[0]
+
+
+def later(updates: list[Any], state: jax.Array) -> list[Any]:
+  """Updates to hand on when `state` is known, so that what it was made of is read before it is overwritten.
+
+  Args:
+    updates: arrays; those of floats wait.
+    state: any numbers.
+  """
+  waits = [_made_here(x) and jnp.issubdtype(x.dtype, jnp.floating) for x in updates]
+  if not any(waits):
+    return updates
+  zero = zero_of(state)
+  return [_later(x, zero) if wait else x for x, wait in zip(updates, waits, strict=True)]

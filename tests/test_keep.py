@@ -1,0 +1,178 @@
+"""What a tracker adds to the program of a whole training step: no copy of the parameters, and no other numbers."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+
+import sedjax
+
+WIDTH, LAYERS = 512, 6
+LEAF_BYTES = 4 * WIDTH**2
+
+
+def tree(lead=()):
+  names = [f"layer{i}" for i in range(LAYERS)]
+  return {name: jax.ShapeDtypeStruct((*lead, WIDTH, WIDTH), jnp.float32) for name in names}
+
+
+def step_of(tx):
+  def step(params, state, gradients):
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return step
+
+
+def compiled_step(step, init, params):
+  lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(init, params), params)
+  return lowered.compile(**oracles.AS_USERS_COMPILE)
+
+
+def copies(compiled, shape):
+  """How many arrays of this shape are copied."""
+  return len(re.findall(rf"= f32\[{','.join(map(str, shape))}\]\S* copy\(", compiled.as_text()))
+
+
+OPTIMIZERS = {"sgd": lambda: optax.sgd(0.1), "adamw": lambda: optax.adamw(1e-3)}
+
+
+@pytest.mark.parametrize("source", ["updates", "params"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_copies_no_parameters(optimizer, source):
+  tx = optax.chain(OPTIMIZERS[optimizer](), sedjax.track_spectral_edge(5, source=source, every=20))
+  compiled = compiled_step(step_of(tx), tx.init, tree())
+  assert copies(compiled, (WIDTH, WIDTH)) == 0
+  # Updates that are looked at are stored, once; parameters are not.
+  stored = LAYERS * LEAF_BYTES if source == "updates" else 0
+  assert compiled.memory_analysis().temp_size_in_bytes <= stored + 4 * 2**20
+
+
+def test_a_vmapped_step_copies_no_parameters():
+  tx = optax.chain(optax.adamw(1e-3), sedjax.track_spectral_edge(5))
+  params = tree((3,))
+  compiled = compiled_step(jax.vmap(step_of(tx)), jax.vmap(tx.init), params)
+  assert copies(compiled, (3, WIDTH, WIDTH)) == 0
+  assert compiled.memory_analysis().temp_size_in_bytes <= 3 * (LAYERS * LEAF_BYTES + 4 * 2**20)
+
+
+def test_a_loop_of_steps_copies_no_parameters():
+  tx = optax.chain(optax.adamw(1e-3), sedjax.track_spectral_edge(5))
+
+  def train(params, state, gradients):
+    return jax.lax.fori_loop(0, 9, lambda _, carry: step_of(tx)(*carry, gradients), (params, state))
+
+  compiled = compiled_step(train, tx.init, tree())
+  assert copies(compiled, (WIDTH, WIDTH)) == 0
+
+
+def test_what_is_an_argument_is_handed_on_as_it_is():
+  """Else a program of the tracker alone would have to make new arrays."""
+  tx = sedjax.track_spectral_edge(5)
+  jaxpr = jax.make_jaxpr(tx.update)(tree(), jax.eval_shape(tx.init, tree())).jaxpr
+  assert jaxpr.outvars[:LAYERS] == jaxpr.invars[:LAYERS]
+
+
+def bits_of(kind, count=2**16):
+  """Arrays of random bits: of NaN of all kinds, infinities, subnormal numbers and zeros of both signs, too."""
+  size = jnp.dtype(kind).itemsize
+  bits = np.random.default_rng(0).integers(0, 256, size=(count, size), dtype=np.uint8)
+  bits[:2] = [[0] * size, [0] * (size - 1) + [128]]
+  return jnp.asarray(bits.view(f"u{size}").reshape(-1, 64))
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
+@pytest.mark.parametrize("source", ["updates", "params"])
+def test_no_bit_changes(source, kind):
+  tx = sedjax.track_spectral_edge(3, source=source)
+  bits = bits_of(kind)
+  params = {"w": jnp.ones(bits.shape, kind)}
+
+  @functools.partial(jax.jit, **oracles.AS_USERS_COMPILE)
+  def step(bits, state, params):
+    updates = {"w": jax.lax.bitcast_convert_type(bits, jnp.dtype(kind))}
+    updates, state = tx.update(updates, state, params)
+    return jax.lax.bitcast_convert_type(updates["w"], bits.dtype), state
+
+  passed, _ = step(bits, tx.init(params), params)
+  np.testing.assert_array_equal(passed, bits)
+
+
+@pytest.mark.parametrize("source", ["updates", "params"])
+def test_derivatives_pass(source):
+  """Forwards and backwards, of what an optimizer makes within the same program."""
+  tx = optax.chain(optax.sgd(0.5), sedjax.track_spectral_edge(3, source=source))
+  gradients = {"w": jnp.arange(6000.0).reshape(60, 100)}
+  state = tx.init(gradients)
+
+  def summed(gradients):
+    updates, _ = tx.update(gradients, state, gradients)
+    return (updates["w"] ** 2).sum()
+
+  expected = 0.5 * gradients["w"]
+  np.testing.assert_allclose(jax.jit(jax.grad(summed))(gradients)["w"], expected)
+  ones = {"w": jnp.ones_like(gradients["w"])}
+  _, tangent = jax.jit(lambda x: jax.jvp(summed, (x,), (ones,)))(gradients)
+  np.testing.assert_allclose(tangent, expected.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("source", ["updates", "params"])
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_sharded_steps_report_what_one_device_does(kind, source):
+  tx = optax.chain(optax.adamw(1e-2), sedjax.track_spectral_edge(3, source=source, sketch=sedjax.sketch.count(512)))
+  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType[kind],) * 2)
+  rng = np.random.default_rng(0)
+  params = {"a": rng.normal(size=(128, 96)), "b": rng.normal(size=(96, 64)), "c": rng.normal(size=(64,))}
+  params = {name: leaf.astype(np.float32) for name, leaf in params.items()}
+  specs = {"a": jax.P("data", "model"), "b": jax.P(None, "model"), "c": jax.P()}
+
+  def trained(params):
+    def loss(params, x):
+      return jnp.square(jnp.tanh(x * params["a"]).sum(1)).sum() + sum(
+        jnp.square(leaf).sum() for leaf in (params["b"], params["c"])
+      )
+
+    @jax.jit
+    def step(params, state, x):
+      return step_of(tx)(params, state, jax.grad(loss)(params, x))
+
+    state = tx.init(params)
+    for i in range(7):
+      params, state = step(params, state, jnp.float32(1 + i % 3))
+    return params, sedjax.get_report(state)
+
+  expected_params, expected = trained(jax.tree.map(jnp.asarray, params))
+  with jax.set_mesh(mesh):
+    placed = {name: jax.device_put(leaf, jax.NamedSharding(mesh, specs[name])) for name, leaf in params.items()}
+    got_params, got = trained(placed)
+  for name, leaf in got_params.items():
+    np.testing.assert_allclose(leaf, expected_params[name], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(got.singular_values, expected.singular_values, rtol=1e-4)
+  assert got.count == expected.count > 3
+
+
+@pytest.mark.parametrize("source", ["updates", "params"])
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_vmapped_steps_with_a_seed_on_each_device(kind, source):
+  tx = optax.chain(optax.adamw(1e-2), sedjax.track_spectral_edge(3, source=source, sketch=sedjax.sketch.count(512)))
+  mesh = jax.make_mesh((8,), ("seed",), axis_types=(jax.sharding.AxisType[kind],))
+  params, *gradients = ({"w": x} for x in np.random.default_rng(0).normal(size=(8, 8, 96, 64)).astype(np.float32))
+  step = jax.jit(jax.vmap(step_of(tx)))
+
+  def trained(put):
+    now = jax.tree.map(put, params)
+    state = jax.tree.map(put, jax.vmap(tx.init)(now))
+    for gradient in gradients:
+      now, state = step(now, state, jax.tree.map(put, gradient))
+    return jax.device_get(sedjax.get_report(state))
+
+  expected = trained(jnp.asarray)
+  with jax.set_mesh(mesh):
+    got = trained(lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P("seed"))))
+  np.testing.assert_allclose(got.singular_values, expected.singular_values, rtol=1e-4)
+  assert (got.count == expected.count).all()
