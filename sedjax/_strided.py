@@ -126,12 +126,28 @@ def _folded(sums: jax.Array, buckets: int, dim: int) -> jax.Array:
   return folded_sum(folded_sum(sums.reshape(-1), buckets * sums.shape[1]), dim)
 
 
+@jax.custom_batching.custom_vmap
+def _added_at(rows: jax.Array, numbers: jax.Array, place: Any) -> jax.Array:
+  """Rows [..., n] with numbers [..., k] added from this place of the last axis on."""
+  start = (*(0,) * (rows.ndim - 1), place)
+  return lax.dynamic_update_slice(rows, lax.dynamic_slice(rows, start, numbers.shape) + numbers, start)
+
+
+@_added_at.def_vmap
+def _(axis_size: int, in_batched: Any, rows: jax.Array, numbers: jax.Array, place: Any) -> tuple[jax.Array, bool]:
+  """Slices again, at a place for all: JAX's own rules gather and scatter, which XLA makes two kernels of."""
+  rows, numbers = (
+    x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+    for x, batched in zip((rows, numbers), in_batched, strict=False)
+  )
+  return _added_at(rows, numbers, place), True
+
+
 @functools.partial(jax.jit, static_argnames=("parts", "buckets"))
 def _added(row: jax.Array, sums: jax.Array, place: Any, *, parts: int, buckets: int) -> jax.Array:
   """`row`, in two laps, with the sums of a `_Term` added."""
   sums = functools.reduce(jnp.add, (sums[i::parts] for i in range(parts)))  # XLA hands a sum to a library
-  flat = _folded(sums, buckets, row.size // 2)
-  return lax.dynamic_update_slice(row, lax.dynamic_slice(row, (place,), flat.shape) + flat, (place,))
+  return _added_at(row, _folded(sums, buckets, row.size // 2), place)
 
 
 class _Term(NamedTuple):
