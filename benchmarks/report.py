@@ -139,22 +139,27 @@ def show_seeds(section: Section) -> str:
   return "Vmapped seeds, and as many single calls:\n\n" + table(head, rows)
 
 
+def _mean_and_error(line: Section) -> str:
+  return f"{duration(line['difference_s'])} ± {duration(line['difference_standard_error_s'])}"
+
+
 def show_step(section: Section) -> str:
   head = ["model, batch", "step without", "tracker adds", "that is", "paired steps", "temporaries it adds"]
-  head += ["`observe` between steps", "that is"]
+  head += ["`observe` between steps", "that is", '`source="params"` adds between two readings']
   rows = []
   for line in section["lines"]:
     if "skipped" in line:
       rows.append(skipped(line, [f"`{line['tree']}`, {line['dtype']}"], len(head)))
       continue
     batch = " × ".join(str(size) for size in line["batch"])
-    adds = f"{duration(line['difference_s'])} ± {duration(line['difference_standard_error_s'])}"
+    adds = _mean_and_error(line)
     share = f"{percent(line['overhead'])} ± {percent(line['overhead_standard_error'])}"
     without = duration(line["without"]["median_s"])
     alone = line["alone"]["median_s"]
     more = line["with"]["temporary_bytes"] - line["without"]["temporary_bytes"]
     names = [f"`{line['tree']}`, {line.get('dtype', 'float32')}, {batch}", without, adds, share, str(line["rounds"])]
-    rows.append([*names, memory(more), duration(alone), percent(alone / line["without"]["median_s"])])
+    reads_nothing = _mean_and_error(line["params"]) if "params" in line else "–"
+    rows.append([*names, memory(more), duration(alone), percent(alone / line["without"]["median_s"]), reads_nothing])
   return (
     "Training steps (AdamW) with and without the tracker, mean difference ± its standard error, and `observe` by "
     "itself, timed between the steps:\n\n" + table(head, rows)

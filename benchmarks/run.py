@@ -282,7 +282,7 @@ def measure_step(effort: Effort) -> Section:
   if effort.smoke:
     cases = [(SMALL, 8, 2, "float32", 10)]
   elif effort.accelerator:
-    cases = [("gpt2_124m", batch, 1024, "bfloat16", 200) for batch in (32, 8)]
+    cases = [("gpt2_124m", batch, 1024, "bfloat16", 190) for batch in (32, 8)]
   else:
     cases = [(MIDDLE, 8, 256, "float32", 16), (MIDDLE, 1, 64, "float32", 100)]
 
@@ -292,9 +292,11 @@ def measure_step(effort: Effort) -> Section:
       jnp.asarray(generator.integers(models.GPTS[name].vocab, size=(batch, length + 1)), jnp.int32) for _ in range(8)
     ]
     tracker = sedjax.track_spectral_edge(WINDOW, momentum=0.9)
-    optimizers = {"without": optax.adamw(3e-4), "with": optax.chain(optax.adamw(3e-4), tracker)}
+    between = sedjax.track_spectral_edge(WINDOW, momentum=0.9, source="params", every=200)  # more than all rounds
+    optimizers = {"without": [], "with": [tracker], "params": [between]}
     compiled, states = {}, {}
-    for kind, tx in optimizers.items():
+    for kind, trackers in optimizers.items():
+      tx = optax.chain(optax.adamw(3e-4), *trackers)
 
       def step(params: Tree, state: Any, tokens: jax.Array, tx: Any = tx) -> tuple[Tree, Any, jax.Array]:
         loss, gradients = jax.value_and_grad(models.loss)(params, tokens, jnp.dtype(dtype))
@@ -320,25 +322,27 @@ def measure_step(effort: Effort) -> Section:
 
     seconds: dict[str, list[float]] = {kind: [] for kind in states}
     for i in range(2 + rounds):
-      # Every other round the one with the tracker goes first.
+      # Every other round in the other order.
       for kind in [*list(optimizers)[:: 1 if i % 2 else -1], "alone"]:
         found = seconds_of(functools.partial(call, kind), i)
         if i >= 2:
           seconds[kind].append(found)
-    without, tracked = (np.asarray(seconds[kind]) for kind in ("without", "with"))
-    difference = tracked - without
-    error = difference.std(ddof=1) / rounds**0.5
-    return {
-      "batch": [batch, length],
-      "rounds": rounds,
-      **{kind: {"median_s": statistics.median(seconds[kind]), **compiled[kind].facts()} for kind in seconds},
-      "difference_s": difference.mean(),
-      "difference_standard_error_s": error,
-      "median_difference_s": np.median(difference),
-      "overhead": difference.mean() / without.mean(),
-      "overhead_standard_error": error / without.mean(),
-      "seconds": seconds,
-    }
+
+    def added(kind: str) -> Section:
+      without, tracked = np.asarray(seconds["without"]), np.asarray(seconds[kind])
+      difference = tracked - without
+      error = difference.std(ddof=1) / rounds**0.5
+      return {
+        "difference_s": difference.mean(),
+        "difference_standard_error_s": error,
+        "median_difference_s": np.median(difference),
+        "overhead": difference.mean() / without.mean(),
+        "overhead_standard_error": error / without.mean(),
+      }
+
+    facts = {kind: {"median_s": statistics.median(seconds[kind]), **compiled[kind].facts()} for kind in seconds}
+    facts["params"] |= added("params")
+    return {"batch": [batch, length], "rounds": rounds, **facts, **added("with"), "seconds": seconds}
 
   lines = []
   for name, *sizes, dtype, rounds in cases:

@@ -28,6 +28,11 @@ def _made_here(x: Any) -> bool:
   return getattr(x, "parent", None) is not None
 
 
+def _has_bits(x: Any) -> bool:
+  """Whether an array holds floats of whole bytes, which `_xor` knows."""
+  return jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits == 8 * x.dtype.itemsize
+
+
 def _xor(x: jax.Array, bits: jax.Array) -> jax.Array:
   kind = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
   return lax.bitcast_convert_type(lax.bitcast_convert_type(x, kind) ^ bits.astype(kind), x.dtype)
@@ -68,7 +73,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 def _stored_on_cpu(x: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
-  if x.size <= _small.MOST or not jnp.issubdtype(x.dtype, jnp.floating):
+  if x.size <= _small.MOST or not _has_bits(x):
     return x, x
   # Both, since XLA on CPU makes no two arrays in one kernel: what is applied would be made again.
   x = _after_no_rounds(x, zero)
@@ -113,10 +118,10 @@ def later(updates: list[Any], state: jax.Array) -> list[Any]:
   """Updates to hand on when `state` is known, so that what it was made of is read before it is overwritten.
 
   Args:
-    updates: arrays; those of floats wait.
+    updates: arrays; those of floats wait (complex ones do not).
     state: any numbers.
   """
-  waits = [_made_here(x) and jnp.issubdtype(x.dtype, jnp.floating) for x in updates]
+  waits = [_made_here(x) and _has_bits(x) for x in updates]
   if not any(waits):
     return updates
   zero = zero_of(state)

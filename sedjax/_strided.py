@@ -126,19 +126,24 @@ def _folded(sums: jax.Array, buckets: int, dim: int) -> jax.Array:
   return folded_sum(folded_sum(sums.reshape(-1), buckets * sums.shape[1]), dim)
 
 
-@jax.custom_batching.custom_vmap
-def _added_at(rows: jax.Array, numbers: jax.Array, place: Any) -> jax.Array:
+def _sliced_and_added(rows: jax.Array, numbers: jax.Array, place: Any) -> jax.Array:
   """Rows [..., n] with numbers [..., k] added from this place of the last axis on."""
   start = (*(0,) * (rows.ndim - 1), place)
   return lax.dynamic_update_slice(rows, lax.dynamic_slice(rows, start, numbers.shape) + numbers, start)
 
 
+_added_at = jax.custom_batching.custom_vmap(_sliced_and_added)
+
+
 @_added_at.def_vmap
 def _(axis_size: int, in_batched: Any, rows: jax.Array, numbers: jax.Array, place: Any) -> tuple[jax.Array, bool]:
-  """Slices again, at a place for all: JAX's own rules gather and scatter, which XLA makes two kernels of."""
+  """Slices again where the place is one for all: JAX's own rules gather and scatter, in two kernels."""
+  axes = [0 if batched else None for batched in in_batched]
+  if in_batched[2]:  # by a branch, of which vmap batches all results
+    return jax.vmap(_sliced_and_added, axes, axis_size=axis_size)(rows, numbers, place), True
   rows, numbers = (
-    x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-    for x, batched in zip((rows, numbers), in_batched, strict=False)
+    x if axis == 0 else jnp.broadcast_to(x, (axis_size, *x.shape))
+    for x, axis in zip((rows, numbers), axes, strict=False)
   )
   return _added_at(rows, numbers, place), True
 

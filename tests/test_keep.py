@@ -104,6 +104,32 @@ def test_no_bit_changes(source, kind):
 
 
 @pytest.mark.parametrize("source", ["updates", "params"])
+def test_floats_of_half_a_byte(source):
+  tx = sedjax.track_spectral_edge(3, source=source)
+  numbers = np.random.default_rng(0).normal(size=(100, 80)).astype(np.float32)
+  update = jax.jit(lambda x: {"w": x.astype("float4_e2m1fn")})
+  passed, _ = jax.jit(lambda x, s, p: tx.update(update(x), s, p))(numbers, tx.init(update(numbers)), update(numbers))
+  assert passed["w"].dtype == jnp.float4_e2m1fn
+  np.testing.assert_array_equal(*(tree["w"].astype(np.float32) for tree in (passed, update(numbers))))
+
+
+@pytest.mark.parametrize("source", ["updates", "params"])
+def test_vmapped_steps_that_share_a_state(source):
+  """Under vmap the branches of `every` are computed for all, from what some of the seeds share."""
+  tx = optax.chain(optax.sgd(0.1), sedjax.track_spectral_edge(3, source=source, every=2))
+  params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 100, 80)), jnp.float32)}
+  state = tx.init({"w": params["w"][0]})
+  for _ in range(3):
+    _, state = jax.jit(tx.update)({"w": params["w"][0]}, state, {"w": 3 * params["w"][0]})
+  _, states = jax.jit(jax.vmap(tx.update, in_axes=(0, None, 0)))(params, state, params)
+  for seed in range(3):
+    own = {"w": params["w"][seed]}
+    _, expected = jax.jit(tx.update)(own, state, own)
+    rows = [jax.tree.leaves(tree)[0] for tree in (jax.tree.map(lambda x, i=seed: x[i], states), expected)]
+    np.testing.assert_allclose(*rows, atol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["updates", "params"])
 def test_derivatives_pass(source):
   """Forwards and backwards, of what an optimizer makes within the same program."""
   tx = optax.chain(optax.sgd(0.5), sedjax.track_spectral_edge(3, source=source))
