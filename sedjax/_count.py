@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sedjax import _placement
+
 SIGN = np.uint32(0x80000000)
 _GOLDEN = np.uint32(0x9E3779B9)
 HASH_ROWS = 32
@@ -195,7 +197,14 @@ def shared_zero_of(x: jax.Array) -> jax.Array:
 
 
 _first_zero_of = jax.custom_batching.custom_vmap(zero_of)
-_first_zero_of.def_vmap(lambda axis_size, in_batched, x: (_first_zero_of(x[0]), False))  # noqa: ARG005
+
+
+@_first_zero_of.def_vmap
+def _(axis_size: int, in_batched: Any, x: jax.Array) -> tuple[jax.Array, bool]:
+  del in_batched
+  split, _ = _placement.explicit_spec(x)
+  # Where each lies on another device there is no first that all know; then XLA may see that it is 0.
+  return (_first_zero_of(x[0]) if axis_size and not any(split) else jnp.uint32(0)), False
 
 
 def zero_of_each(x: jax.Array) -> jax.Array:

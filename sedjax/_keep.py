@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from sedjax import _placement, _small
-from sedjax._count import zero_of
+from sedjax import _small
+from sedjax._count import shared_zero_of, zero_of
 
 
 def _made_here(x: Any) -> bool:
@@ -36,20 +36,6 @@ def _has_bits(x: Any) -> bool:
 def _xor(x: jax.Array, bits: jax.Array) -> jax.Array:
   kind = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
   return lax.bitcast_convert_type(lax.bitcast_convert_type(x, kind) ^ bits.astype(kind), x.dtype)
-
-
-@jax.custom_batching.custom_vmap
-def _shared_zero_of(x: jax.Array) -> jax.Array:
-  """`zero_of`, and under vmap one for all, since each round of a loop that has one for each would be selected."""
-  return zero_of(x)
-
-
-@_shared_zero_of.def_vmap
-def _(axis_size: int, in_batched: Any, x: jax.Array) -> tuple[jax.Array, bool]:
-  del axis_size, in_batched
-  split, _ = _placement.explicit_spec(x)
-  # Where each lies on another device there is none that all know, and then XLA may do as it likes.
-  return (jnp.uint32(0) if any(split) else _shared_zero_of(x[0])), False
 
 
 def _after_no_rounds(x: jax.Array, zero: jax.Array) -> jax.Array:
@@ -99,7 +85,7 @@ def stored(updates: list[Any], state: jax.Array) -> tuple[list[Any], list[Any]]:
   """
   if not any(map(_made_here, updates)):
     return updates, updates
-  zero = _shared_zero_of(state)
+  zero = shared_zero_of(state)  # one for all seeds: else vmap would select in each round of the loop
   pairs = [_stored(x, zero) if _made_here(x) else (x, x) for x in updates]
   return [seen for seen, _ in pairs], [passed for _, passed in pairs]
 

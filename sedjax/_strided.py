@@ -128,7 +128,7 @@ def _folded(sums: jax.Array, buckets: int, dim: int) -> jax.Array:
 
 def _sliced_and_added(rows: jax.Array, numbers: jax.Array, place: Any) -> jax.Array:
   """Rows [..., n] with numbers [..., k] added from this place of the last axis on."""
-  start = (*(0,) * (rows.ndim - 1), place)
+  start = (*(np.int32(0),) * (rows.ndim - 1), place)
   return lax.dynamic_update_slice(rows, lax.dynamic_slice(rows, start, numbers.shape) + numbers, start)
 
 

@@ -129,6 +129,32 @@ def test_vmapped_steps_that_share_a_state(source):
     np.testing.assert_allclose(*rows, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("source", ["updates", "params"])
+def test_vmapped_steps_with_64_bits(source, every, dtype):
+  tx = optax.chain(optax.sgd(0.1), sedjax.track_spectral_edge(3, source=source, every=every))
+  with jax.enable_x64(True):
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(2, 100, 80)), dtype)}
+    _, states = jax.jit(jax.vmap(tx.update))(params, jax.vmap(tx.init)(params), params)
+    for seed in range(2):
+      own = {"w": params["w"][seed]}
+      _, expected = jax.jit(tx.update)(own, tx.init(own), own)
+      rows = [jax.tree.leaves(tree)[0] for tree in (jax.tree.map(lambda x, i=seed: x[i], states), expected)]
+      np.testing.assert_allclose(*rows, atol=1e-5)
+
+
+@pytest.mark.parametrize("sketch", [sedjax.sketch.count(512), sedjax.sketch.exact()], ids=["count", "exact"])
+def test_no_seed_at_all(sketch):
+  tx = optax.chain(optax.sgd(0.1), sedjax.track_spectral_edge(3, sketch=sketch))
+  params = {"w": jnp.zeros((0, 100, 80))}
+  state = jax.tree.map(
+    lambda x: jnp.zeros((0, *x.shape), x.dtype), jax.eval_shape(tx.init, {"w": jnp.zeros((100, 80))})
+  )
+  updates, _ = jax.jit(jax.vmap(tx.update))(params, state, params)
+  assert updates["w"].shape == (0, 100, 80)
+
+
 @pytest.mark.parametrize("source", ["updates", "params"])
 def test_derivatives_pass(source):
   """Forwards and backwards, of what an optimizer makes within the same program."""
