@@ -2,8 +2,9 @@
 
 Updates are a few operations on gradients, moments and parameters, and XLA rather makes them anew for whatever uses them
 than store them: also for what looks at them, from a copy of parameters that are overwritten meanwhile. Storing them
-once, leaf by leaf, is what looking at them has to cost. Nothing here changes a number, and where updates or parameters
-come from elsewhere, as arguments of the program, there is nothing to do.
+once, leaf by leaf, is what looking at them has to cost. Nothing here changes a number (but a program in which XLA fuses
+other operations than without a tracker may round otherwise when it makes them), and where updates or parameters come
+from elsewhere, as arguments of the program, there is nothing to do.
 """
 
 from __future__ import annotations

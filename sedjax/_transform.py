@@ -50,10 +50,11 @@ def track_spectral_edge(
 ) -> optax.GradientTransformationExtraArgs:
   """Watches the updates that pass, and leaves them as they are.
 
-  Put it last in a chain and read the report with `get_report`. Leaves of integers, booleans, float0 and PRNG keys are
-  not tracked (the report's status says so); a complex leaf counts as its real and imaginary parts. Inside
-  `optax.MultiSteps` the tracker is computed on each micro-step and kept on the last one; around it, the micro-steps'
-  zero updates are skipped and counted.
+  Put it last in a chain and read the report with `get_report`. Not a bit of an update changes; but a jitted step, of
+  which XLA then fuses other operations, may round differently in making it than the same step without a tracker.
+  Leaves of integers, booleans, float0 and PRNG keys are not tracked (the report's status says so); a complex leaf
+  counts as its real and imaginary parts. Inside `optax.MultiSteps` the tracker is computed on each micro-step and kept
+  on the last one; around it, the micro-steps' zero updates are skipped and counted.
 
   Args:
     window: int >= 3, rows in the window, or a tuple of ints for several windows over one buffer.
