@@ -22,7 +22,7 @@ from sedjax import _small
 from sedjax._count import shared_zero_of, zero_of
 
 
-def _made_here(x: Any) -> bool:
+def made_here(x: Any) -> bool:
   """Whether a traced array is the result of an operation in the function that is traced, and not its argument."""
   while isinstance(x, Tracer) and not hasattr(x, "parent"):
     x = getattr(x, "val", getattr(x, "primal", None))  # of those that vmap and differentiation put around another
@@ -84,10 +84,10 @@ def stored(updates: list[Any], state: jax.Array) -> tuple[list[Any], list[Any]]:
     updates: arrays of floats or complex floats.
     state: any numbers of which XLA knows nothing.
   """
-  if not any(map(_made_here, updates)):
+  if not any(map(made_here, updates)):
     return updates, updates
   zero = shared_zero_of(state)  # one for all seeds: else vmap would select in each round of the loop
-  pairs = [_stored(x, zero) if _made_here(x) else (x, x) for x in updates]
+  pairs = [_stored(x, zero) if made_here(x) else (x, x) for x in updates]
   return [seen for seen, _ in pairs], [passed for _, passed in pairs]
 
 
@@ -108,7 +108,7 @@ def later(updates: list[Any], state: jax.Array) -> list[Any]:
     updates: arrays; those of floats wait (complex ones do not).
     state: any numbers.
   """
-  waits = [_made_here(x) and _has_bits(x) for x in updates]
+  waits = [made_here(x) and _has_bits(x) for x in updates]
   if not any(waits):
     return updates
   zero = zero_of(state)

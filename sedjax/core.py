@@ -18,6 +18,7 @@ from jax.core import Tracer
 from sedjax import _placement
 from sedjax._config import Config as Config
 from sedjax._count import later_than
+from sedjax._keep import made_here
 from sedjax._late import with_promotion
 from sedjax._layout import LABEL_WORDS, Layout, decode_label, encode_label, layout_of, tree_id
 from sedjax._phase import init_phase
@@ -366,8 +367,10 @@ def observe(
   state = _placement.on_mesh(state, _placement.explicit_mesh(layout.leaves))
   state = _check_state(config, layout, tree, state)
   leaves = tuple(leaf if group is not None else None for leaf, group in zip(layout.leaves, layout.group, strict=True))
-  observed = _observe_params if from_params else _observe_updates
-  return observed(config, layout._replace(leaves=()), leaves, state, step)
+  if from_params:
+    return _observe_params(config, layout._replace(leaves=()), leaves, state, step)
+  layout = layout._replace(leaves=(), made=tuple(map(made_here, leaves)))
+  return _observe_updates(config, layout, leaves, state, step)
 
 
 def push_row(config: Config, state: TrackerState, row: Any, steps: Any, lossy: Any = False) -> TrackerState:

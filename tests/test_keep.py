@@ -71,6 +71,27 @@ def test_a_loop_of_steps_copies_no_parameters():
   assert copies(compiled, (WIDTH, WIDTH)) == 0
 
 
+def test_updates_are_summed_when_they_are_made():
+  """Backward the last layer comes first; its update does not wait for those of the layers before it in the tree."""
+  tx = optax.chain(optax.adamw(1e-3), sedjax.track_spectral_edge(5))
+  shape = (2048, 2048)  # few of which are summed at a time
+  params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in tree()}
+
+  def loss(params, x):
+    return jnp.sum(functools.reduce(lambda x, name: jnp.tanh(x @ params[name]), sorted(params), x))
+
+  step = jax.jit(lambda params, state, x: step_of(tx)(params, state, jax.grad(loss)(params, x)), donate_argnums=(0, 1))
+  inputs = jax.ShapeDtypeStruct((4, 2048), jnp.float32)
+  text = step.lower(params, jax.eval_shape(tx.init, params), inputs).compile(**oracles.AS_USERS_COMPILE).as_text()
+  assert "is_scheduled=true" in text
+  lines = text.split("ENTRY ")[1].splitlines()
+  made = [i for i, line in enumerate(lines) if " while(" in line and "f32[2048,2048]" in line]
+  summed = [i for i, line in enumerate(lines) if " fusion(" in line and "_strided_sums" in line]
+  assert len(made) == len(summed) == LAYERS
+  late = [sum(i < j for i in made) - k for k, j in enumerate(summed, 1)]  # made before the k-th sums, and waiting
+  assert max(late) <= 2
+
+
 def test_what_is_an_argument_is_handed_on_as_it_is():
   """Else a program of the tracker alone would have to make new arrays."""
   tx = sedjax.track_spectral_edge(5)
