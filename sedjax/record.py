@@ -548,6 +548,8 @@ def _own(value: Any) -> Any:
   """An array of the recorder's own: the caller's may be donated or written into before it is read."""
   if isinstance(value, Tracer):
     return value
+  if isinstance(value, np.ma.MaskedArray):  # what is masked is absent, whatever number lies under the mask
+    return value.astype(np.float64).filled(np.nan)
   return _copy(value) if isinstance(value, jax.Array) else np.array(value)
 
 

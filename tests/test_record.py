@@ -170,15 +170,16 @@ def test_series_and_events(tmp_path):
     recorder.event(5, "the data shifted")
     recorder.event(5, "again")
     recorder.log(7, rate=jnp.float32(0.5))
+    recorder.log(8, loss=np.ma.masked_equal([5, 6], 5), rate=np.ma.masked)
     recorder.flush()
     live = open_record(path).load()
   record = open_record(path)
   assert_same_record(live, record)
   assert record.loss.dims == ("loss_step", "seed")
-  np.testing.assert_array_equal(record.loss, [[3, 4], [1, np.nan]])
-  assert record.loss_step.values.tolist() == [0, 3]
-  assert record.rate.values.tolist() == [0.1, 0.5]
-  assert record.rate_step.values.tolist() == [3, 7]
+  np.testing.assert_array_equal(record.loss, [[3, 4], [1, np.nan], [np.nan, 6]])
+  assert record.loss_step.values.tolist() == [0, 3, 8]
+  np.testing.assert_array_equal(record.rate, [0.1, 0.5, np.nan])
+  assert record.rate_step.values.tolist() == [3, 7, 8]
   assert record.event.values.tolist() == ["began", "the data shifted", "again"]
   assert record.event_step.values.tolist() == [0, 5, 5]
 
