@@ -54,7 +54,7 @@ class Piece(NamedTuple):
   start: tuple[Any, ...] | None = None  # of the block, by axis; None for a whole leaf
   shape: tuple[int, ...] = ()  # of the whole leaf, where `start` is given
   hashes: Hashes | None = None  # instead of the path; the row is then to be rolled by `offset_of` the path
-  made: bool = False  # by the program that sums it, and not given to it with all others at once
+  rank: int = 0  # in which order the program makes the leaves that it sums
 
   def placed(self) -> Piece:
     """The same with at least one axis, and the shape of the whole leaf."""

@@ -10,6 +10,7 @@ from elsewhere, as arguments of the program, there is nothing to do.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -22,11 +23,40 @@ from sedjax import _small
 from sedjax._count import shared_zero_of, zero_of
 
 
-def made_here(x: Any) -> bool:
-  """Whether a traced array is the result of an operation in the function that is traced, and not its argument."""
+def _maker(x: Any) -> Any:
+  """The operation, in the function that is traced, of which an array is a result; None for arguments and numbers."""
   while isinstance(x, Tracer) and not hasattr(x, "parent"):
     x = getattr(x, "val", getattr(x, "primal", None))  # of those that vmap and differentiation put around another
-  return getattr(x, "parent", None) is not None
+  return getattr(x, "parent", None)
+
+
+def _made_here(x: Any) -> bool:
+  return _maker(x) is not None
+
+
+def ranks_of(arrays: Iterable[Any]) -> tuple[int, ...]:
+  """In which order a traced function makes arrays: by the operations that come one after the other before each.
+
+  XLA makes them in an order of its own, but can make none before those that it is made of: backward, the last layers'
+  gradients come first.
+  """
+  depths: dict[int, int] = {}  # by the operations' ids
+
+  def depth(operation: Any) -> int:
+    waiting = [operation]  # instead of recursion, which is not deep enough
+    while waiting:
+      last = waiting[-1]
+      before = [each for each in map(_maker, getattr(last, "in_tracers", ())) if each is not None]
+      unknown = [each for each in before if id(each) not in depths]
+      waiting.extend(unknown)
+      if not unknown:
+        depths[id(last)] = 1 + max((depths[id(each)] for each in before), default=0)
+        waiting.pop()
+    return depths[id(operation)]
+
+  found = [0 if (maker := _maker(x)) is None else depths.get(id(maker)) or depth(maker) for x in arrays]
+  ranks = {each: rank for rank, each in enumerate(sorted(set(found)))}
+  return tuple(ranks[each] for each in found)
 
 
 def _has_bits(x: Any) -> bool:
@@ -84,10 +114,10 @@ def stored(updates: list[Any], state: jax.Array) -> tuple[list[Any], list[Any]]:
     updates: arrays of floats or complex floats.
     state: any numbers of which XLA knows nothing.
   """
-  if not any(map(made_here, updates)):
+  if not any(map(_made_here, updates)):
     return updates, updates
   zero = shared_zero_of(state)  # one for all seeds: else vmap would select in each round of the loop
-  pairs = [_stored(x, zero) if made_here(x) else (x, x) for x in updates]
+  pairs = [_stored(x, zero) if _made_here(x) else (x, x) for x in updates]
   return [seen for seen, _ in pairs], [passed for _, passed in pairs]
 
 
@@ -108,7 +138,7 @@ def later(updates: list[Any], state: jax.Array) -> list[Any]:
     updates: arrays; those of floats wait (complex ones do not).
     state: any numbers.
   """
-  waits = [made_here(x) and _has_bits(x) for x in updates]
+  waits = [_made_here(x) and _has_bits(x) for x in updates]
   if not any(waits):
     return updates
   zero = zero_of(state)

@@ -27,7 +27,7 @@ class Layout(NamedTuple):
   shapes: tuple[tuple[int, ...], ...]  # by leaf: its shape, or that of the leaf of which it is a block
   specs: tuple[Spec, ...]  # by leaf: how it is split over mesh axes
   mesh: Any  # the abstract mesh of explicit axes; None where leaves are not sharded, or blocks inside a shard_map
-  made: tuple[bool, ...] = ()  # by leaf: see `Piece`; empty for none
+  ranks: tuple[int, ...] = ()  # by leaf: see `Piece`; empty for the leaves' own order
 
   @property
   def axes(self) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def _sketch_row(config: Config, layout: Layout, part: int | None = None, grid: A
   def local(blocks: list[jax.Array], grid: Any) -> jax.Array:
     pieces, groups = [], []
     for i, block in zip(tracked, blocks, strict=True):
-      piece = Piece(layout.paths[i], sketch.as_real(block), made=bool(layout.made) and layout.made[i])
+      piece = Piece(layout.paths[i], sketch.as_real(block), rank=layout.ranks[i] if layout.ranks else 0)
       if layout.axes:
         extra = piece.array.ndim - block.ndim  # complex leaves have one more axis
         start = _placement.block_start(block.shape, layout.specs[i])

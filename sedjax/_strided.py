@@ -185,9 +185,7 @@ def _strided_terms(piece: Piece, plan: Plan, group: int, dim: int, part: Any, gr
   parts = plan.per_bucket // stride
 
   def strided_sums(zero: Any, row: int, count: int) -> jax.Array:
-    # On CPU, where the program makes leaves in an order of its own, each is summed when it comes, still in the cache.
-    waits = zero if gpu or not piece.made else np.uint32(0)
-    keys_of_each = keys ^ waits ^ zero_of_each(x[0, 0].astype(jnp.float32))
+    keys_of_each = keys ^ zero ^ zero_of_each(x[0, 0].astype(jnp.float32))
     return _strided_sums(x, keys_of_each, columns, grid, row=row, count=count, stride=stride, part=part)
 
   for done in range(0, whole, most):
@@ -256,13 +254,15 @@ def strided_rows(
 ) -> list[jax.Array]:
   """`count_rows` of whole leaves."""
   plans = [plan_of(piece.path, piece.hashes, piece.array.shape, dim, seed) for piece in pieces]
+  # One lot after the other, and a leaf is kept until its turn comes: so those first that are made first.
+  in_turn = sorted(zip(pieces, plans, groups, strict=True), key=lambda each: each[0].rank)
   terms = [
     term
-    for piece, plan, group in zip(pieces, plans, groups, strict=True)
+    for piece, plan, group in in_turn
     if not is_small(piece, plan)
     for term in _strided_terms(piece, plan, group, dim, part, grid, gpu)
   ]
-  some = pieces[0].array if pieces else grid
+  some = in_turn[0][0].array if pieces else grid
   zero = shared_zero_of(some[(0,) * some.ndim].astype(jnp.float32))
   apart = _apart(zero)
   # Where XLA knew the place it would write a new row, instead of a part of the old one.

@@ -18,7 +18,7 @@ from jax.core import Tracer
 from sedjax import _placement
 from sedjax._config import Config as Config
 from sedjax._count import later_than
-from sedjax._keep import made_here
+from sedjax._keep import ranks_of
 from sedjax._late import with_promotion
 from sedjax._layout import LABEL_WORDS, Layout, decode_label, encode_label, layout_of, tree_id
 from sedjax._phase import init_phase
@@ -259,8 +259,17 @@ def _observe_updates(
   return new._replace(rows=_write(state.rows, state.cursor, row, new))
 
 
+def _expect_state(state: Any) -> None:
+  if not isinstance(state, TrackerState):
+    raise TypeError(
+      f"sedjax.core: expected a state from core.init or core.observe, got {type(state).__name__}; for the state of an "
+      "optimizer there are sedjax.get_report and its like."
+    )
+
+
 def _without_rows(state: Any) -> Any:
   """For branches and selections, which would copy the rows, and for reports, which need none."""
+  _expect_state(state)
   return state._replace(rows=())
 
 
@@ -359,6 +368,7 @@ def observe(
     raise ValueError(
       "track_spectral_edge: source='params' needs the parameters, got None; call tx.update(updates, state, params)."
     )
+  _expect_state(state)
   if step is not None:
     _check_step(step)
   from_params = config.source == "params"
@@ -369,7 +379,7 @@ def observe(
   leaves = tuple(leaf if group is not None else None for leaf, group in zip(layout.leaves, layout.group, strict=True))
   if from_params:
     return _observe_params(config, layout._replace(leaves=()), leaves, state, step)
-  layout = layout._replace(leaves=(), made=tuple(map(made_here, leaves)))
+  layout = layout._replace(leaves=(), ranks=ranks_of(leaves))
   return _observe_updates(config, layout, leaves, state, step)
 
 
@@ -554,6 +564,7 @@ def history(state: TrackerState, *, group: Hashable | None = None, window: int |
 
   Args, Raises: as `report`; ValueError where the tracker keeps no history.
   """
+  _expect_state(state)
   if not state.history:
     raise ValueError("sedjax: this tracker keeps no history; pass history=… to track_spectral_edge.")
   return _history(_without_rows(state), _window_index(state, window), _group_index(state, group))

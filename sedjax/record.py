@@ -549,7 +549,7 @@ def _own(value: Any) -> Any:
   if isinstance(value, Tracer):
     return value
   if isinstance(value, np.ma.MaskedArray):  # what is masked is absent, whatever number lies under the mask
-    return value.astype(np.float64).filled(np.nan)
+    return np.ma.filled(value.astype(np.float64), np.nan)
   return _copy(value) if isinstance(value, jax.Array) else np.array(value)
 
 

@@ -190,6 +190,21 @@ def test_a_state_that_is_not_the_trackers():
     tx.update(PARAMS, track(**MADE, name="x").init(PARAMS))
 
 
+@pytest.mark.parametrize(
+  "use",
+  [
+    sedjax.core.report,
+    sedjax.core.reports,
+    sedjax.core.history,
+    sedjax.core.identity,
+    lambda state: sedjax.core.observe(sedjax.core.Config(3), state, PARAMS),
+  ],
+)
+def test_the_core_given_the_state_of_an_optimizer(use):
+  with pytest.raises(TypeError, match=r"expected a state from core\.init or core\.observe, got SpectralEdgeState; for"):
+    use(track(**MADE).init(PARAMS))
+
+
 @pytest.mark.parametrize("status", [-1, 5000, 2.7])
 def test_explain_refuses_what_is_no_status(status):
   with pytest.raises(ValueError, match=r"expected a status, an int in 0…1023, got"):

@@ -11,6 +11,7 @@ import oracles
 import pytest
 
 import sedjax
+from sedjax import _keep
 
 WIDTH, LAYERS = 512, 6
 LEAF_BYTES = 4 * WIDTH**2
@@ -90,6 +91,31 @@ def test_updates_are_summed_when_they_are_made():
   assert len(made) == len(summed) == LAYERS
   late = [sum(i < j for i in made) - k for k, j in enumerate(summed, 1)]  # made before the k-th sums, and waiting
   assert max(late) <= 2
+
+
+def test_updates_that_may_be_made_at_once_are_summed_in_turn():
+  """A few MiB of sums at a time, where each update is made of arguments alone."""
+  tx = optax.chain(optax.adamw(1e-3), sedjax.track_spectral_edge(5))
+  params = {f"layer{i}": jax.ShapeDtypeStruct((4096, 4096), jnp.float32) for i in range(4)}
+  update = jax.jit(lambda params, state, gradients: tx.update(gradients, state, params), donate_argnums=1)
+  compiled = update.lower(params, jax.eval_shape(tx.init, params), params).compile(**oracles.AS_USERS_COMPILE)
+  assert compiled.memory_analysis().temp_size_in_bytes <= 8 * 2**20
+
+
+def test_ranks():
+  """By how much has to be made before, of whichever arguments; the same for what needs nothing of another's."""
+  found = []
+
+  def function(x, y):
+    first = jnp.sin(x)
+    third = jnp.cos(first @ y) + x
+    found.append(_keep.ranks_of([third, x, first, 2.0 * y, third * 2, np.ones(3), None]))
+    return third
+
+  jax.make_jaxpr(function)(jnp.ones((2, 2)), jnp.ones((2, 2)))
+  jax.make_jaxpr(jax.vmap(function))(jnp.ones((3, 2, 2)), jnp.ones((3, 2, 2)))
+  function(jnp.ones((2, 2)), jnp.ones((2, 2)))
+  assert found == [(2, 0, 1, 1, 3, 0, 0)] * 2 + [(0,) * 7]
 
 
 def test_what_is_an_argument_is_handed_on_as_it_is():
