@@ -54,7 +54,7 @@ class Piece(NamedTuple):
   start: tuple[Any, ...] | None = None  # of the block, by axis; None for a whole leaf
   shape: tuple[int, ...] = ()  # of the whole leaf, where `start` is given
   hashes: Hashes | None = None  # instead of the path; the row is then to be rolled by `offset_of` the path
-  rank: int = 0  # in which order the program makes the leaves that it sums
+  rank: int = 0  # the program that sums them makes pieces of lower rank first
 
   def placed(self) -> Piece:
     """The same with at least one axis, and the shape of the whole leaf."""

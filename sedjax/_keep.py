@@ -43,6 +43,8 @@ def ranks_of(arrays: Iterable[Any]) -> tuple[int, ...]:
   depths: dict[int, int] = {}  # by the operations' ids
 
   def depth(operation: Any) -> int:
+    if operation is None:
+      return 0
     waiting = [operation]  # instead of recursion, which is not deep enough
     while waiting:
       last = waiting[-1]
@@ -54,7 +56,7 @@ def ranks_of(arrays: Iterable[Any]) -> tuple[int, ...]:
         waiting.pop()
     return depths[id(operation)]
 
-  found = [0 if (maker := _maker(x)) is None else depths.get(id(maker)) or depth(maker) for x in arrays]
+  found = [depth(_maker(x)) for x in arrays]
   ranks = {each: rank for rank, each in enumerate(sorted(set(found)))}
   return tuple(ranks[each] for each in found)
 
