@@ -1,4 +1,4 @@
-"""The two files of a record, and what is in them."""
+"""The two files of a record, and how they are opened."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sedjax import _journal
-from sedjax._dataset import DIMS, DTYPES, FIELDS, VERSION
+from sedjax._dataset import DIMS, DTYPES, FIELDS, VERSION, empty_dataset
 from sedjax._types import Report
 
 if TYPE_CHECKING:
@@ -96,3 +96,74 @@ def rows_of(file: Any, contents: _journal.Contents, empty: xr.Dataset) -> Any:
 
   fields = {name: (np.dtype(DTYPES.get(name, "<f4")), empty[name].shape[1:]) for name in Report._fields}
   return _netcdf.Rows(file, contents, fields)
+
+
+def open_record(path: str | Path) -> xr.Dataset:
+  """Opens a record: a finished one, one that is being written, or what a killed process left.
+
+  Args:
+    path: of the file, as `Recorder` was given it.
+
+  Returns:
+    A `Dataset` whose fields are read from disk where they are used; see `to_dataset` for its dimensions. Series and
+    events are in it as the module says. It shows what was written when it was opened. Close it, or use it in a `with`.
+    A deep or pickled copy has all fields in memory.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file is no record, is damaged, or was written by a newer version. Also when a field is read that is
+      damaged in the beginning of a journal longer than 256 MiB, of which opening does not read all.
+
+  Warns:
+    RuntimeWarning: parts of the journal are damaged; what they recorded is left out.
+
+  Cost: the steps, the series and, while the record is written, the heads of its journal's rows.
+
+  Example:
+    >>> import jax.numpy as jnp, sedjax, sedjax.record, tempfile
+    >>> state, path = sedjax.track_spectral_edge(3).init({"w": jnp.ones(3)}), tempfile.mkdtemp() + "/run.nc"
+    >>> with sedjax.record.Recorder(path) as recorder:
+    ...   recorder.append(0, state)
+    ...   recorder.flush()
+    ...   print(sedjax.record.open_record(path).sizes["step"])
+    1
+  """
+  needs_io()
+  path = Path(path)
+  check_file(path)
+  # The journal first: a writer that finishes in between leaves a file that has the journal's rows already, and joining
+  # them again changes nothing.
+  journal = journal_of(path)
+  check_file(journal)
+  try:
+    file = open(journal, "rb")
+  except FileNotFoundError:
+    file = None
+  except OSError as error:
+    raise cannot("read", journal, error) from error
+  try:
+    contents = _journal.read(file) if file else None
+  except (ValueError, KeyError, TypeError) as error:
+    raise cannot("read", journal, error) from error
+  if contents is not None:
+    check_version(journal, contents.layout["version"])
+  _journal.warn_of_damage(journal, contents)
+  stored = open_file(path) if path.exists() else None
+  if contents is None and stored is None:
+    missing = f"there is no record {path}" if file is None else f"the record {path} has no rows yet"
+    raise FileNotFoundError(f"sedjax.record: {missing}.")
+  from sedjax import _netcdf
+
+  contents = contents or _journal.NOTHING
+  empty = empty_dataset({**layout_of(stored), "attrs": {}} if stored else contents.layout)
+  joined = _netcdf.joined(stored, empty, contents, rows_of(file, contents, empty))
+  joined.set_close(_netcdf.Closing(*(each for each in (file, stored and stored.file) if each is not None)))
+  return joined
+
+
+def needs_io() -> None:
+  try:
+    import h5netcdf  # noqa: F401
+    import xarray  # noqa: F401
+  except ImportError as error:
+    raise ImportError("sedjax.record needs xarray and h5netcdf: pip install 'sedjax[io]'.") from error

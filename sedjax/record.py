@@ -13,15 +13,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import itertools
 import json
-import operator
 import queue
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,21 +39,10 @@ from sedjax._dataset import (
   storable,
   to_dataset,
 )
-from sedjax._record_files import (
-  cannot,
-  check_file,
-  check_version,
-  existing_layout,
-  journal_of,
-  layout_of,
-  open_file,
-  rows_of,
-)
+from sedjax._record_files import cannot, check_file, existing_layout, journal_of, needs_io, open_record, rows_of
+from sedjax._recordable import check_series, file_attributes, own_copy, seed_names, step_of, windows_and_groups
 from sedjax._transform import find_tracker
 from sedjax._types import Report
-
-if TYPE_CHECKING:
-  import xarray as xr
 
 __all__ = ["DIMS", "FIELDS", "WHOLE", "Recorder", "open_record", "to_dataset"]
 
@@ -137,13 +124,13 @@ class Recorder:
     sinks: Iterable[Callable[[int, dict[str, float]], None]] = (),
     name: str | None = None,
   ):
-    _needs_io()
+    needs_io()
     self.path = Path(path)
     self._config = core.Config(**{k: v for k, v in (tracker or {}).items() if k not in ("name", "axis_name")})
     self._tracked = tracker is not None
     self._name = name if name is not None else (tracker or {}).get("name")
-    self._seeds = None if seeds is None else _seed_names(seeds)
-    self._given = None if windows is None else _windows_and_groups(windows, groups or [WHOLE])
+    self._seeds = None if seeds is None else seed_names(seeds)
+    self._given = None if windows is None else windows_and_groups(windows, groups or [WHOLE])
     self._attrs, self._sinks = dict(attrs or {}), tuple(sinks)
     for key in self._attrs:
       if not isinstance(key, str) or storable(key) != key or not key or key in RESERVED:
@@ -200,7 +187,7 @@ class Recorder:
     if isinstance(state, Report):
       if self._given is None:
         raise ValueError("sedjax.record: to append a Report, pass windows=… and groups=… to Recorder.")
-      report = Report(*map(_own, state))
+      report = Report(*map(own_copy, state))
     else:
       tracker = state if isinstance(state, core.TrackerState) else find_tracker(state, self._name)
       report, windows = core.reports(tracker), core.window_sizes(tracker)
@@ -226,22 +213,14 @@ class Recorder:
       RuntimeError: something recorded earlier could not be written.
     """
     for name, value in scalars.items():
-      if not name.isidentifier():
-        raise ValueError(f"sedjax.record: a series cannot be named {name!r}; give it a name that Python would accept.")
-      if name.endswith("_step") or name in {*FIELDS, *DIMS, "index", "event"}:
-        raise ValueError(f"sedjax.record: a series cannot be named {name!r}; the record uses that name.")
-      if isinstance(value, Tracer):
-        raise ValueError("sedjax.record: log was called inside jit; call it outside, with what jit returned.")
-      dtype = (value if isinstance(value, jax.Array) else np.asarray(value)).dtype
-      if np.ndim(value) > 1 or not any(jax.numpy.issubdtype(dtype, kind) for kind in (bool, np.integer, np.floating)):
-        raise ValueError(f"sedjax.record: {name} must be a number or an array over seeds, got {type(value).__name__}.")
+      check_series(name, value)
     for name, value in scalars.items():
       step = self._next(f"log {name}", step)
       if np.ndim(value):
         self._check_seeds(name, len(value))
     if scalars:
       self._last |= {f"log {name}": step for name in scalars}
-      scalars = {name: _own(value) for name, value in scalars.items()}
+      scalars = {name: own_copy(value) for name, value in scalars.items()}
       self._put(f"the series of step {step}", functools.partial(self._write_series, step, scalars))
 
   def event(self, step: int, text: str) -> None:
@@ -251,7 +230,7 @@ class Recorder:
       RuntimeError: something recorded earlier could not be written.
     """
     self._raise()
-    payload = _journal.note_payload(_step_of(step), {"event": storable(str(text))})
+    payload = _journal.note_payload(step_of(step), {"event": storable(str(text))})
     self._put(f"the event of step {step}", functools.partial(self._write_note, payload))
 
   def flush(self) -> None:
@@ -315,7 +294,7 @@ class Recorder:
 
   def _next(self, kind: str, step: Any) -> int:
     self._raise()
-    step = _step_of(step)
+    step = step_of(step)
     if step <= self._last.get(kind, -1):
       raise ValueError(f"sedjax.record: steps must ascend, {kind} got {step} after {self._last[kind]}.")
     return step
@@ -410,7 +389,7 @@ class Recorder:
   def _write_note(self, payload: bytes) -> None:
     data = _journal.frame(_journal.NOTE, payload)
     if not self._begun and self._layout is not None:
-      self._begin(self._layout | {"attrs": _attributes(self._attrs)})
+      self._begin(self._layout | {"attrs": file_attributes(self._attrs)})
     if self._begun:
       self._journal.write(data)
     else:
@@ -455,7 +434,7 @@ class Recorder:
     device = min(devices, key=lambda device: device.id, default=None)
     known = provenance(self._config if self._tracked else None, device)
     own = {"sketch_id": sketch_id} if sketch_id is not None else {}
-    attrs = _attributes({**known, **own, **self._attrs})
+    attrs = file_attributes({**known, **own, **self._attrs})
     return {"format": _journal.FORMAT, "version": VERSION, **new, "attrs": attrs}
 
   def _finish(self) -> None:
@@ -476,144 +455,6 @@ class Recorder:
         f"sedjax.record: {self.path} could not be made ({error}); everything recorded stays readable and can be "
         f"continued, in {path}."
       ) from error
-
-
-def open_record(path: str | Path) -> xr.Dataset:
-  """Opens a record: a finished one, one that is being written, or what a killed process left.
-
-  Args:
-    path: of the file, as `Recorder` was given it.
-
-  Returns:
-    A `Dataset` whose fields are read from disk where they are used; see `to_dataset` for its dimensions. Series and
-    events are in it as the module says. It shows what was written when it was opened. Close it, or use it in a `with`.
-    A deep or pickled copy has all fields in memory.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: the file is no record, is damaged, or was written by a newer version. Also when a field is read that is
-      damaged in the beginning of a journal longer than 256 MiB, of which opening does not read all.
-
-  Warns:
-    RuntimeWarning: parts of the journal are damaged; what they recorded is left out.
-
-  Cost: the steps, the series and, while the record is written, the heads of its journal's rows.
-
-  Example:
-    >>> import jax.numpy as jnp, sedjax, sedjax.record, tempfile
-    >>> state, path = sedjax.track_spectral_edge(3).init({"w": jnp.ones(3)}), tempfile.mkdtemp() + "/run.nc"
-    >>> with sedjax.record.Recorder(path) as recorder:
-    ...   recorder.append(0, state)
-    ...   recorder.flush()
-    ...   print(sedjax.record.open_record(path).sizes["step"])
-    1
-  """
-  _needs_io()
-  path = Path(path)
-  check_file(path)
-  # The journal first: a writer that finishes in between leaves a file that has the journal's rows already, and joining
-  # them again changes nothing.
-  journal = journal_of(path)
-  check_file(journal)
-  try:
-    file = open(journal, "rb")
-  except FileNotFoundError:
-    file = None
-  except OSError as error:
-    raise cannot("read", journal, error) from error
-  try:
-    contents = _journal.read(file) if file else None
-  except (ValueError, KeyError, TypeError) as error:
-    raise cannot("read", journal, error) from error
-  if contents is not None:
-    check_version(journal, contents.layout["version"])
-  _journal.warn_of_damage(journal, contents)
-  stored = open_file(path) if path.exists() else None
-  if contents is None and stored is None:
-    missing = f"there is no record {path}" if file is None else f"the record {path} has no rows yet"
-    raise FileNotFoundError(f"sedjax.record: {missing}.")
-  from sedjax import _netcdf
-
-  contents = contents or _journal.NOTHING
-  empty = empty_dataset({**layout_of(stored), "attrs": {}} if stored else contents.layout)
-  joined = _netcdf.joined(stored, empty, contents, rows_of(file, contents, empty))
-  joined.set_close(_netcdf.Closing(*(each for each in (file, stored and stored.file) if each is not None)))
-  return joined
-
-
-_copy = jax.jit(jax.numpy.copy)
-
-
-def _own(value: Any) -> Any:
-  """An array of the recorder's own: the caller's may be donated or written into before it is read."""
-  if isinstance(value, Tracer):
-    return value
-  if isinstance(value, np.ma.MaskedArray):  # what is masked is absent, whatever number lies under the mask
-    return np.ma.filled(value.astype(np.float64), np.nan)
-  return _copy(value) if isinstance(value, jax.Array) else np.array(value)
-
-
-def _needs_io() -> None:
-  try:
-    import h5netcdf  # noqa: F401
-    import xarray  # noqa: F401
-  except ImportError as error:
-    raise ImportError("sedjax.record needs xarray and h5netcdf: pip install 'sedjax[io]'.") from error
-
-
-def _step_of(step: Any) -> int:
-  if isinstance(step, jax.Array):  # to read it would wait for the device
-    raise TypeError("sedjax.record: step must be a Python int, got an array; count steps on the host.")
-  step = operator.index(step)
-  if not 0 <= step < 2**63:
-    raise ValueError(f"sedjax.record: step must be an int in 0…2**63 - 1, got {step}.")
-  return step
-
-
-def _seed_names(seeds: Any) -> list[Any]:
-  """Names that are distinct and that the file can hold."""
-  found = np.asarray(seeds)
-  names = found.tolist()
-  if found.ndim != 1 or found.dtype.kind not in "iuU" or (found.dtype.kind == "u" and max(names, default=0) >= 2**63):
-    raise ValueError(f"sedjax.record: seeds must be a list of 64-bit ints or of texts, got {seeds!r}.")
-  if any(storable(name) != name for name in names):
-    raise ValueError(f"sedjax.record: seeds={names} have NUL or halves of characters in them; leave those out.")
-  if len(set(names)) < len(names):
-    raise ValueError(f"sedjax.record: seeds={names} names some twice; give each a name of its own.")
-  return names
-
-
-def _windows_and_groups(windows: Sequence[int], groups: Sequence[str]) -> tuple[list[int], list[str]]:
-  """Those of reports, which come without them."""
-  sizes, names = list(map(operator.index, windows)), [storable(str(group)) for group in groups]
-  if not sizes or sizes[0] < 1 or any(two <= one for one, two in itertools.pairwise(sizes)):
-    raise ValueError(f"sedjax.record: windows must be ascending sizes, as of the tracker, got {windows!r}.")
-  if len(set(names)) < len(names):
-    raise ValueError(f"sedjax.record: groups={names} names some twice; give each a name of its own.")
-  return sizes, names
-
-
-def _attributes(values: Mapping[str, Any]) -> dict[str, Any]:
-  """As a record has them; those that are None are left out."""
-  return {name: storable(_plain(value)) for name, value in values.items() if value is not None}
-
-
-def _plain(value: Any) -> Any:
-  """As an attribute of a file can be: text, a number, or a list of numbers."""
-  if isinstance(value, np.generic | np.ndarray):
-    value = value.tolist()
-  if isinstance(value, bool):
-    return int(value)
-  if isinstance(value, str) or _is_number(value):
-    return value
-  if isinstance(value, list | tuple) and value and all(map(_is_number, value)):
-    return list(value)
-  return str(value)
-
-
-def _is_number(value: Any) -> bool:
-  """Whether a file can hold it as a number."""
-  return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _tagged(name: str, values: np.ndarray, layout: Mapping[str, Any] | None) -> Iterable[tuple[str, float]]:
