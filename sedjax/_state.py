@@ -181,3 +181,18 @@ def unpack(state: TrackerState) -> Parts:
 def unpack_reports(state: TrackerState) -> tuple[Report, ...]:
   """The reports that `pack` took."""
   return tuple(unpack_report(*each) for each in zip(state.windows, window_sizes(state), strict=True))
+
+
+def expect_state(state: Any) -> None:
+  """Refuses anything else, such as the state of an optimizer."""
+  if not isinstance(state, TrackerState):
+    raise TypeError(
+      f"sedjax.core: expected a state from core.init or core.observe, got {type(state).__name__}; for the state of an "
+      "optimizer there are sedjax.get_report and its like."
+    )
+
+
+def without_rows(state: Any) -> Any:
+  """For branches and selections, which would copy the rows, and for reports, which need none."""
+  expect_state(state)
+  return state._replace(rows=())

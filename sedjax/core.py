@@ -7,7 +7,7 @@ thin caller of these three functions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,21 +20,27 @@ from sedjax._config import Config as Config
 from sedjax._count import later_than
 from sedjax._keep import ranks_of
 from sedjax._late import with_promotion
-from sedjax._layout import LABEL_WORDS, Layout, decode_label, encode_label, layout_of, tree_id
+from sedjax._layout import LABEL_WORDS, Layout, encode_label, layout_of, tree_id
 from sedjax._phase import init_phase
 from sedjax._placement import Spec
+from sedjax._reports import group_names as group_names
+from sedjax._reports import history as history
+from sedjax._reports import identity as identity
+from sedjax._reports import report as report
+from sedjax._reports import reports as reports
+from sedjax._reports import with_counters
 from sedjax._rows import LARGEST, gram_column, largest, make_row, read_parameters, sketch_column, zero_rows
 from sedjax._spectrum import Rows, WindowState, report_window
 from sedjax._state import (
   INTEGERS,
   Parts,
+  expect_state,
   map_id_of,
   pack,
   pack_counters,
   pack_report,
   unpack,
-  unpack_report,
-  unpack_reports,
+  without_rows,
 )
 from sedjax._state import TrackerState as TrackerState
 from sedjax._state import window_sizes as window_sizes
@@ -73,6 +79,11 @@ def _map_id(config: Config, layout: Layout) -> tuple[int, ...]:
   return (*config.sketch.sketch_id, tree_id(layout))
 
 
+def _expect_config(config: Any) -> None:
+  if not isinstance(config, Config):
+    raise TypeError(f"sedjax.core: expected a core.Config as the first argument, got {type(config).__name__}.")
+
+
 @with_promotion
 def init(config: Config, params: Any, specs: Mapping[str, Spec] | None = None) -> TrackerState:
   """The state before the first update.
@@ -87,7 +98,9 @@ def init(config: Config, params: Any, specs: Mapping[str, Spec] | None = None) -
 
   Raises:
     ValueError: `config.groups` fails on a path, or two leaves share a path.
+    TypeError: `config` is no `Config`.
   """
+  _expect_config(config)
   layout = layout_of(params, config.groups, specs)
   named = layout.labels if config.groups is not None else ()
   flags = int(Status.UNTRACKED) if None in layout.group else 0
@@ -130,18 +143,6 @@ def _first_state(
     map_id=zero() + np.asarray(map_id, np.int32),
   )
   return pack(parts, [_empty_report(w, (groups,)) for w in windows])
-
-
-def _with_counters(state: Parts, report: Report) -> Report:
-  """A report with what has been left out up to now, also where no row was pushed since."""
-  nonfinite, zero, flags = (x[..., None] for x in (state.nonfinite, state.zero, state.flags))
-  flags = flags | jnp.where(nonfinite > 0, int(Status.NONFINITE_SKIPPED), 0)
-  flags = flags | jnp.where(zero > 0, int(Status.ZERO_SKIPPED), 0)
-  return report._replace(
-    skipped_nonfinite=jnp.broadcast_to(nonfinite, report.count.shape),
-    skipped_zero=jnp.broadcast_to(zero, report.count.shape),
-    status=report.status | flags,
-  )
 
 
 def _push(config: Config, layout: Layout, state: Parts, row: Any, steps: jax.Array, extra: Any = 0) -> TrackerState:
@@ -187,7 +188,7 @@ def _enter(config: Config, state: Parts, gram_column: tuple[Any, Any, Any], step
     jax.tree.map(
       lambda ring, new: ring.at[state.pushed % config.history].set(new),
       ring,
-      pack_report(_with_counters(state, report)),
+      pack_report(with_counters(state, report)),
     )
     for ring, report in zip(state.history, reports, strict=bool(state.history))
   )
@@ -249,7 +250,7 @@ def _observe_updates(
     nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
     zero=state.zero + zero.astype(jnp.int32),
   )
-  waiting = _without_rows(packed)._replace(counters=pack_counters(counted))
+  waiting = without_rows(packed)._replace(counters=pack_counters(counted))
 
   def push(waiting: TrackerState) -> TrackerState:
     pushed = _push(config, layout, unpack(waiting._replace(rows=state.rows)), pushed_row, used)
@@ -257,20 +258,6 @@ def _observe_updates(
 
   new = push(waiting) if config.every == 1 and step is None else jax.lax.cond(due, push, lambda x: x, waiting)
   return new._replace(rows=_write(state.rows, state.cursor, row, new))
-
-
-def _expect_state(state: Any) -> None:
-  if not isinstance(state, TrackerState):
-    raise TypeError(
-      f"sedjax.core: expected a state from core.init or core.observe, got {type(state).__name__}; for the state of an "
-      "optimizer there are sedjax.get_report and its like."
-    )
-
-
-def _without_rows(state: Any) -> Any:
-  """For branches and selections, which would copy the rows, and for reports, which need none."""
-  _expect_state(state)
-  return state._replace(rows=())
 
 
 def _largest_base(config: Config, layout: Layout, base: Any) -> jax.Array:
@@ -317,7 +304,7 @@ def _observe_params(
     new = _choose(accept, pushed, waiting)
     return new._replace(base=_choose(keep, state.base, base)), row
 
-  packed = _without_rows(packed)
+  packed = without_rows(packed)
   new, row = read(packed) if config.every == 1 and step is None else jax.lax.cond(due, read, later, packed)
   return new._replace(rows=_write(rows, cursor, row, new))
 
@@ -360,15 +347,17 @@ def observe(
     The new state; its reports are new where a row was completed.
 
   Raises:
-    ValueError: params are needed and absent, or `step` is no integer scalar.
+    ValueError: params are needed and absent, `step` is no integer scalar, or the state is of another tree or tracker.
+    TypeError: `config` is no `Config`, or `state` no `TrackerState`.
 
   Cost: one read of the updates, and a Gram column and an eigenproblem of W rows once a row.
   """
+  _expect_config(config)
   if config.source == "params" and params is None:
     raise ValueError(
       "track_spectral_edge: source='params' needs the parameters, got None; call tx.update(updates, state, params)."
     )
-  _expect_state(state)
+  expect_state(state)
   if step is not None:
     _check_step(step)
   from_params = config.source == "params"
@@ -401,7 +390,7 @@ def push_row(config: Config, state: TrackerState, row: Any, steps: Any, lossy: A
   column = sketch_column(parts.rows, row, parts.cursor, parts.facts.scale)
   extra = jnp.where(lossy, int(Status.CANCELLATION), 0)
   pushed = _enter(config, parts, column, jnp.asarray(steps, jnp.int32), extra)
-  waiting = _without_rows(state)._replace(counters=pack_counters(parts._replace(zero=parts.zero + 1)))
+  waiting = without_rows(state)._replace(counters=pack_counters(parts._replace(zero=parts.zero + 1)))
   new = _choose(zero, waiting, pushed)
   return new._replace(rows=_write(parts.rows, parts.cursor, row, new))
 
@@ -472,130 +461,3 @@ def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState)
   changed = jnp.any(parts.map_id != expected)
   flags = parts.flags | jnp.where(changed, int(Status.MAP_CHANGED), 0)
   return state._replace(counters=pack_counters(parts._replace(flags=flags)))
-
-
-def _window_index(state: TrackerState, window: int | None) -> int:
-  sizes = window_sizes(state)
-  if window is not None and window not in sizes:
-    raise ValueError(f"sedjax: there is no window {window!r}; the tracker's windows are {sizes}.")
-  return len(sizes) - 1 if window is None else sizes.index(window)
-
-
-def _group_index(state: TrackerState, group: Hashable | None) -> int | jax.Array:
-  if group is None:
-    return 0
-  labels = state.labels.reshape(-1, *state.labels.shape[-2:])[0, 1:]
-  wanted = encode_label(group)
-  if isinstance(labels, Tracer) and labels.shape[0]:
-    same = jnp.all(labels == wanted, -1)
-    return jnp.where(jnp.any(same), 1 + jnp.argmax(same), -1)
-  known = [] if isinstance(labels, Tracer) else [tuple(words) for words in np.asarray(labels)]
-  if tuple(wanted) not in known:
-    names = ", ".join(repr(decode_label(words)) for words in known) or "none, since the tracker has no `groups`"
-    raise ValueError(f"sedjax: there is no group {group!r}; groups: {names}.")
-  return 1 + known.index(tuple(wanted))
-
-
-@with_promotion
-def report(state: TrackerState, *, group: Hashable | None = None, window: int | None = None) -> Report:
-  """Finds the last report of one group and window in the state.
-
-  Args:
-    state: a tracker's state; leading axes (vmapped seeds) are kept.
-    group: a label that `groups` returned, or None for the whole model.
-    window: one of the tracker's window sizes, or None for the largest.
-
-  Returns:
-    A `Report` of scalars and vectors.
-
-  Raises:
-    ValueError: an unknown window or group. (Inside jit, where names are not known, an unknown group gives NaN,
-      k_star -1 and the status bit UNKNOWN_GROUP instead.)
-  """
-  return _report(_without_rows(state), _window_index(state, window), _group_index(state, group))
-
-
-# Compiled as a whole: outside of jit, the fifty small operations take 0.1 s on eight devices.
-@functools.partial(jax.jit, static_argnums=1)
-def _report(state: TrackerState, window: int, group: Any) -> Report:
-  return _pick(_with_counters(unpack(state), unpack_reports(state)[window]), group)
-
-
-def _pick(found: Report, group: jax.Array) -> Report:
-  known = group >= 0
-
-  def pick(name: str, field: jax.Array) -> jax.Array:
-    picked = jnp.take(field, jnp.maximum(group, 0), axis=-2 if name in VECTOR_FIELDS else -1)
-    if field.dtype == jnp.bool_:
-      return picked & known
-    void = jnp.nan if field.dtype == jnp.float32 else int(Status.UNKNOWN_GROUP) if name == "status" else -1
-    return jnp.where(known, picked, jnp.asarray(void, field.dtype))
-
-  return Report(*(pick(name, field) for name, field in zip(Report._fields, found, strict=True)))
-
-
-@with_promotion
-def reports(state: TrackerState) -> Report:
-  """All reports of one state: fields [..., group, window], vectors padded with 0 to the largest window.
-
-  Group 0 is the whole model; the others follow in the order in which the tree's leaves first name them.
-  """
-  return _reports(_without_rows(state))
-
-
-@jax.jit
-def _reports(state: TrackerState) -> Report:
-  largest = window_sizes(state)[-1]
-
-  def stack(name: str, fields: tuple[jax.Array, ...]) -> jax.Array:
-    if name not in VECTOR_FIELDS:
-      return jnp.stack(fields, -1)
-    length = largest - (name == "ratios")
-    return jnp.stack([jnp.pad(f, [(0, 0)] * (f.ndim - 1) + [(0, length - f.shape[-1])]) for f in fields], -2)
-
-  parts = unpack(state)
-  found = (_with_counters(parts, report) for report in unpack_reports(state))
-  return Report(*(stack(n, f) for n, f in zip(Report._fields, zip(*found, strict=True), strict=True)))
-
-
-@with_promotion
-def history(state: TrackerState, *, group: Hashable | None = None, window: int | None = None) -> Report:
-  """The last reports, oldest first: fields [..., history]; `count` is 0 where there was none yet.
-
-  Args, Raises: as `report`; ValueError where the tracker keeps no history.
-  """
-  _expect_state(state)
-  if not state.history:
-    raise ValueError("sedjax: this tracker keeps no history; pass history=… to track_spectral_edge.")
-  return _history(_without_rows(state), _window_index(state, window), _group_index(state, group))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _history(state: TrackerState, window: int, group: Any) -> Report:
-  ring = _pick(unpack_report(state.history[window], window_sizes(state)[window]), group)
-  order = jnp.argsort(ring.count, axis=-1)
-
-  def by_age(name: str, field: jax.Array) -> jax.Array:
-    if name in VECTOR_FIELDS:
-      return jnp.take_along_axis(field, order[..., None], -2)
-    return jnp.take_along_axis(field, order, -1)
-
-  return Report(*(by_age(name, field) for name, field in zip(Report._fields, ring, strict=True)))
-
-
-def identity(state: TrackerState) -> tuple[jax.Array, jax.Array]:
-  """The groups' names (int32[..., G, 16], see `group_names`) and the map's id (int32[..., 5]), in new arrays.
-
-  The state's own may be donated to the next step.
-  """
-  return _identity(_without_rows(state))
-
-
-@jax.jit
-def _identity(state: TrackerState) -> tuple[jax.Array, jax.Array]:
-  return jnp.copy(state.labels), jnp.copy(map_id_of(state))
-
-
-def group_names(labels: Any) -> tuple[str, ...]:
-  """The text of the groups' names; "" is the whole model."""
-  return tuple(decode_label(words) for words in np.asarray(labels).reshape(-1, *np.shape(labels)[-2:])[0])

@@ -205,6 +205,12 @@ def test_the_core_given_the_state_of_an_optimizer(use):
     use(track(**MADE).init(PARAMS))
 
 
+@pytest.mark.parametrize("function", [sedjax.core.init, sedjax.core.observe])
+def test_the_core_given_its_arguments_in_another_order(function):
+  with pytest.raises(TypeError, match=r"expected a core\.Config as the first argument, got dict\."):
+    function(PARAMS, sedjax.core.Config(3), PARAMS)
+
+
 @pytest.mark.parametrize("status", [-1, 5000, 2.7])
 def test_explain_refuses_what_is_no_status(status):
   with pytest.raises(ValueError, match=r"expected a status, an int in 0…1023, got"):
