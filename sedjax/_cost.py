@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import jax
+import optax
 
 from sedjax import _placement
 from sedjax._transform import SpectralEdgeState
@@ -154,7 +155,7 @@ def check_cost(tx: Any, params: Any, *, specs: Any = None) -> Cost:
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
   if not hasattr(leaf, "shape"):
     raise ValueError(f"sedjax.check_cost: params must hold arrays or jax.ShapeDtypeStructs, got a leaf {leaf!r}.")
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+  return _with_sharding(leaf, getattr(leaf, "sharding", None))
 
 
 def _ring_spec(leaf: Any, ring: Any) -> jax.P:
@@ -165,37 +166,46 @@ def _ring_spec(leaf: Any, ring: Any) -> jax.P:
   return jax.P(*(None,) * (ring.ndim - leaf.ndim), *leaf.sharding.spec)
 
 
-def _check(tx: Any, params: Any, mesh: Any, specs: Any) -> Cost:
-  state = jax.eval_shape(tx.init, params)
+def _state_of(tx: Any, params: Any) -> SpectralEdgeState:
+  """The abstract state of a tracker by itself."""
+  transformation = isinstance(tx, optax.GradientTransformation)
+  state = jax.eval_shape(tx.init, params) if transformation else None
   if not isinstance(state, SpectralEdgeState):
+    given = f"a transformation whose state is {type(state).__name__}" if transformation else repr(tx)
     raise ValueError(
-      f"sedjax.check_cost: expected track_spectral_edge(…) by itself, got a transformation with state {type(state)}; "
-      "check the tracker without the chain around it."
+      f"sedjax.check_cost: expected track_spectral_edge(…) by itself, got {given}; check the tracker without the chain "
+      "around it."
     )
-  (tracker,) = state.trackers.values()
-  exact = not isinstance(tracker.rows, jax.ShapeDtypeStruct)
-  state_specs = jax.tree.map(lambda _: jax.P(), state)
-  if exact and mesh is not None:  # exact rows are split as the parameters are
-    split = jax.tree.map(_ring_spec, params, tracker.rows)
-    base = split if tracker.base else ()
-    named = {name: old._replace(rows=split, base=base) for name, old in state_specs.trackers.items()}
-    state_specs = SpectralEdgeState(named)
+  return state
+
+
+def _placed(state: SpectralEdgeState, params: Any, mesh: Any) -> SpectralEdgeState:
+  """The state where `tx.init` leaves it: exact rows split as the parameters are, all else on every device."""
+  if mesh is None:
+    single = {leaf.sharding for leaf in jax.tree.leaves(params)} - {None}
+    return jax.tree.map(lambda leaf: _with_sharding(leaf, next(iter(single), None)), state)
+  specs = jax.tree.map(lambda _: jax.P(), state)
+  for name, tracker in state.trackers.items():
+    if not isinstance(tracker.rows, jax.ShapeDtypeStruct):
+      rows = jax.tree.map(_ring_spec, params, tracker.rows)
+      specs.trackers[name] = specs.trackers[name]._replace(rows=rows, base=rows if tracker.base else ())
+  return jax.tree.map(lambda leaf, spec: _with_sharding(leaf, jax.NamedSharding(mesh, spec)), state, specs)
+
+
+def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check(tx: Any, params: Any, mesh: Any, specs: Any) -> Cost:
+  state = _placed(_state_of(tx, params), params, mesh)
 
   def update(updates: Any, state: Any, params: Any) -> Any:
     return tx.update(updates, state, params)[1]  # the updates pass untouched, in place where they are donated
 
   if specs is not None:
+    state_specs = jax.tree.map(lambda leaf: leaf.sharding.spec, state)
     in_specs = (specs, state_specs, specs)
     update = jax.shard_map(update, mesh=mesh, in_specs=in_specs, out_specs=state_specs, check_vma=False)
-
-  def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-  if mesh is not None:
-    state = jax.tree.map(lambda leaf, spec: place(leaf, jax.NamedSharding(mesh, spec)), state, state_specs)
-  else:
-    single = {leaf.sharding for leaf in jax.tree.leaves(params)} - {None}
-    state = jax.tree.map(lambda leaf: place(leaf, next(iter(single), None)), state)
   lowered = jax.jit(update, donate_argnums=1).lower(params, state, params)
   devices = {device for leaf in jax.tree.leaves(params) if leaf.sharding for device in leaf.sharding.device_set}
   platform = next(iter(devices or set(jax.devices()))).platform
@@ -205,6 +215,8 @@ def _check(tx: Any, params: Any, mesh: Any, specs: Any) -> Cost:
   analysis = analysis[0] if isinstance(analysis, list) else analysis
   memory: Any = compiled.memory_analysis()
   program = compiled.as_text() or ""
+  (tracker,) = state.trackers.values()
+  exact = not isinstance(tracker.rows, jax.ShapeDtypeStruct)
   slots, groups = tracker.facts.shape[-2], tracker.facts.shape[-3]
   dim = 0 if exact else tracker.rows.shape[-1]
   labels = 0 if exact else tracker.rows.shape[-2]

@@ -402,6 +402,8 @@ def test_check_cost_finds_what_is_broken():
   assert "calls the host" in str(cost)
   with pytest.raises(ValueError, match=r"expected track_spectral_edge\(…\) by itself"):
     sedjax.check_cost(optax.chain(optax.sgd(1.0), inner), {"w": jnp.ones((64,))})
+  with pytest.raises(ValueError, match=r"by itself, got <function track_spectral_edge"):
+    sedjax.check_cost(sedjax.track_spectral_edge, {"w": jnp.ones((64,))})
   with pytest.raises(ValueError, match=r"params must hold arrays .* got a leaf 1\.0"):
     sedjax.check_cost(inner, {"w": 1.0})
   with pytest.raises(ValueError, match="specs needs params with NamedShardings"):
