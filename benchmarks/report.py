@@ -1,7 +1,7 @@
-"""Rebuilds the tables in README.md from the stored results, and prints them.
+"""Rebuilds the tables in README.md and all of benchmarks/RESULTS.md from the stored results.
 
-python benchmarks/report.py            # writes README.md
-python benchmarks/report.py --check    # exit status 1 where README.md is out of date
+python benchmarks/report.py            # writes both
+python benchmarks/report.py --check    # exit status 1 where one is out of date
 """
 
 from __future__ import annotations
@@ -233,17 +233,59 @@ def origin(made: list[dict[str, Any]]) -> str:
 
 def tables(stem: str, sections: dict[str, Section]) -> str:
   """All tables of one device, in Markdown."""
-  made = origin([section["made_by"] for section in sections.values()])
-  parts = [f"### On {stem}", f"{made} (`benchmarks/results/{stem}.json`)."]
+  parts = [f"## On {stem}", f"{origin_of(sections)} (`benchmarks/results/{stem}.json`)."]
   return "\n\n".join(parts + [show(sections[name]) for name, show in SHOW.items() if name in sections])
 
 
-def show_devices() -> str:
-  """The tables of every device whose results are stored."""
+def devices() -> dict[str, dict[str, Section]]:
+  """What `run.py` measured, by device."""
   found = {file.stem: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))}
   # Other programs' results lie in the same folder.
-  ours = {stem: each for stem, each in found.items() if each and set(each) <= set(SHOW)}
-  return "\n\n".join(tables(stem, sections) for stem, sections in ours.items()) or "No results are stored yet."
+  return {stem: each for stem, each in found.items() if each and set(each) <= set(SHOW)}
+
+
+def show_devices() -> str:
+  """In short, what tracking costs on every device whose results are stored."""
+  head = ["device", "tree", "`observe`", "÷ `global_norm`", "÷ column sums", "temporaries"]
+  rows, steps = [], []
+  for sections in devices().values():
+    for line in sections.get("observe", {"lines": []})["lines"]:
+      if "skipped" not in line:
+        ratios = [digits(line[f"ratio_to_{bound}"]) for bound in ("global_norm", "column_sums")]
+        time, used = duration(line["observe"]["best_s"]), memory(line["observe"]["temporary_bytes"])
+        rows.append([name_of(sections["observe"]), f"`{line['tree']}`, {line['dtype']}", time, *ratios, used])
+    for line in sections.get("step", {"lines": []})["lines"]:
+      if "skipped" not in line:
+        share = f"{percent(line['overhead'])} ± {percent(line['overhead_standard_error'])}"
+        model = f"`{line['tree']}`, {' × '.join(map(str, line['batch']))}"
+        without = duration(line["without"]["median_s"])
+        steps.append([name_of(sections["step"]), model, without, _mean_and_error(line), share])
+  words = "The whole tracker, W = 10, `count(16384)`, one row a step, and what reading the updates once costs"
+  step_words = "Training steps (forward, backward, AdamW), mean difference ± its standard error"
+  step_head = ["device", "model, batch", "step without", "tracker adds", "that is"]
+  made = ["`python benchmarks/run.py --device cpu` or `gpu`:", *(f"- {origin_of(each)}" for each in devices().values())]
+  parts = [f"{words}:", table(head, rows), f"{step_words}:", table(step_head, steps), "\n".join(made)]
+  return "\n\n".join(parts)
+
+
+def origin_of(sections: dict[str, Section]) -> str:
+  return origin([section["made_by"] for section in sections.values()])
+
+
+def name_of(section: Section) -> str:
+  """The device, as people call it."""
+  device = section["made_by"]["device"]
+  return device["cpu"] if device["platform"] == "cpu" else device["kind"]
+
+
+def show_results() -> str:
+  """All of RESULTS.md: every table of every device."""
+  parts = ["# Results", "Every stored result; [README.md](README.md) says how each was measured and how to read it. "]
+  parts[1] += "This page is written by `python benchmarks/report.py`."
+  parts += [tables(stem, sections) for stem, sections in devices().items()]
+  for file in sorted(RESULTS.glob("posthoc-*.json")):
+    parts += [f"## Checkpoints, on {file.stem.removeprefix('posthoc-')}", posthoc_table(file.stem)]
+  return "\n\n".join(parts) + "\n"
 
 
 def stored(stem: str) -> Section:
@@ -278,23 +320,41 @@ def show_fidelity() -> str:
   return f"{table(head, rows)}\n\n*{parameters}; `{made['command']}`; {where} (`benchmarks/results/fidelity.json`).*"
 
 
+# Of a way to compare checkpoints and where their files lie, as `posthoc.py` names them.
+WAYS = {"sketch": "`sedjax analyze`", "exact": "`sedjax analyze --sketch exact`", "load all": "load all and compare"}
+FILES = {"cold": "on disk", "warm": "in the page cache"}
+
+
+def way_and_files(name: str) -> list[str]:
+  kind, state = name.split(", ")
+  return [WAYS[kind], FILES[state]]
+
+
 def show_posthoc() -> str:
-  """What the analysis of checkpoints costs on every CPU whose results are stored."""
-  return "\n\n".join(posthoc_table(file.stem) for file in sorted(RESULTS.glob("posthoc-*.json")))
+  """In short, what the analysis of checkpoints costs on every CPU whose results are stored."""
+  results = [stored(file.stem) for file in sorted(RESULTS.glob("posthoc-*.json"))]
+  head = ["way", "files", "peak memory", *(result["device"]["cpu"] for result in results)]
+  rows = []
+  for name in results[0]["ways"]:
+    ways = [result["ways"][name] for result in results]
+    times = [f"{duration(way['seconds'])}, {digits(way['ratio_to_reading'])} ×" for way in ways]
+    rows.append([*way_and_files(name), memory(max(way["peak_bytes"] for way in ways)), *times])
+  size = f"{results[0]['checkpoints']} checkpoints, {memory(results[0]['bytes'])}"
+  words = f"*{size}; × is of the time that reading and summing the same files takes."
+  few = {str(result["ways"]["load all, cold"]["checkpoints"]) for result in results}
+  words += f" Memory had room to load and compare {' or '.join(sorted(few))} of them.*"
+  made = [f"`{results[0]['command']}`:", *(f"- {origin([result])}" for result in results)]
+  return "\n\n".join([table(head, rows), words, "\n".join(made)])
 
 
 def posthoc_table(stem: str) -> str:
   result = stored(stem)
-  head = ["way", "files", "time", "÷ reading and summing them", "peak memory"]
+  head = ["way", "files", "checkpoints", "time", "÷ reading and summing them", "peak memory"]
   rows = []
   for name, way in result["ways"].items():
-    kind, state = name.split(", ")
-    count = way.get("checkpoints", result["checkpoints"])
-    label = {"sketch": "`sedjax analyze`", "exact": "`sedjax analyze --sketch exact`"}.get(kind, "load all and compare")
-    if count != result["checkpoints"]:
-      label += f" (of {count} that memory had room for)"
-    files = {"cold": "on disk", "warm": "in the page cache"}[state]
-    rows.append([label, files, duration(way["seconds"]), digits(way["ratio_to_reading"]), memory(way["peak_bytes"])])
+    count = str(way.get("checkpoints", result["checkpoints"]))
+    time, ratio = duration(way["seconds"]), digits(way["ratio_to_reading"])
+    rows.append([*way_and_files(name), count, time, ratio, memory(way["peak_bytes"])])
   size = f"{result['checkpoints']} checkpoints, {memory(result['bytes'])}"
   made = f"`{result['command']}`; {origin([result])} (`benchmarks/results/{stem}.json`)"
   return f"{table(head, rows)}\n\n*{size}. {made}.*"
@@ -332,19 +392,20 @@ def filled(text: str, name: str, content: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(description="Rebuilds the tables in README.md.")
-  parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if README.md is out of date")
+  parser = argparse.ArgumentParser(description="Rebuilds README.md's tables and benchmarks/RESULTS.md.")
+  parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if one of them is out of date")
   args = parser.parse_args(argv)
-  file = ROOT / "README.md"
-  new = old = file.read_text()
+  readme, results = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
+  text = readme.read_text()
   for name, show in BLOCKS.items():
-    content = show()
-    print(content, end="\n\n")
-    new = filled(new, name, content)
-  if new != old and args.check:
-    sys.exit("README.md is out of date: run python benchmarks/report.py.")
-  if new != old:
+    text = filled(text, name, show())
+  for file, new in ((readme, text), (results, show_results())):
+    if file.exists() and file.read_text() == new:
+      continue
+    if args.check:
+      sys.exit(f"{file.name} is out of date: run python benchmarks/report.py.")
     file.write_text(new)
+    print(f"Wrote {file.relative_to(ROOT)}.")
 
 
 if __name__ == "__main__":
