@@ -1,4 +1,4 @@
-"""What ratios pure noise shows: simulated once, on the host, when a tracker is built."""
+"""What ratios pure noise shows: simulated once, on the host, when a tracker is first traced."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 _DRAWS = 200
 # Ratios are compared with the mean of noise plus so many standard deviations, both of the logarithm.
 ENTER, LEAVE = 7.0, 4.5
-_LOG2_DIMS = np.arange(6, 33, 2)
+# Dimensions at which noise is simulated: multiples of the window, where a few more change much, then powers of two.
+_MULTIPLES, _POWERS = (1.25, 1.6, 2, 2.8, 4), 2.0 ** np.arange(6, 33, 2)
 
 
 def row_covariance(rows: int, momentum: float, every: int) -> np.ndarray:
@@ -40,10 +41,11 @@ def noise_ratios(window: int, momentum: float, every: int) -> tuple[np.ndarray, 
   """
   rng = np.random.default_rng(0)
   factor = np.linalg.cholesky(row_covariance(window, momentum, every))
-  log2_dims = np.unique(np.maximum(_LOG2_DIMS, np.ceil(np.log2(4 * window))))
+  few = [window + 1, *(np.ceil(multiple * window) for multiple in _MULTIPLES)]  # through fewer no window is noise
+  dims = np.unique([*few, *_POWERS[_POWERS > few[-1]]])
   means, deviations = [], []
   lower = np.tril(np.ones((window, window)), -1)
-  for dim in 2.0**log2_dims:
+  for dim in dims:
     # Bartlett: factor·A·Aᵀ·factorᵀ/dim is the Gram matrix of Gaussian rows seen through `dim` numbers.
     a = rng.normal(size=(_DRAWS, window, window)) * lower
     a[:, np.arange(window), np.arange(window)] = np.sqrt(rng.chisquare(dim - np.arange(window), (_DRAWS, window)))
@@ -51,4 +53,4 @@ def noise_ratios(window: int, momentum: float, every: int) -> tuple[np.ndarray, 
     logs = np.log(values[:, :-1] / values[:, 1:])
     means.append(logs.mean(0))
     deviations.append(logs.std(0))
-  return log2_dims.astype(np.float32), np.asarray(means, np.float32), np.asarray(deviations, np.float32)
+  return np.log2(dims).astype(np.float32), np.asarray(means, np.float32), np.asarray(deviations, np.float32)

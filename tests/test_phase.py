@@ -49,6 +49,17 @@ def test_noise_has_no_edge(sketch, window, beta):
   assert np.sum(np.diff(settled) != 0) <= length // 1000
 
 
+@pytest.mark.parametrize(
+  ("sketch", "size"), [(sedjax.sketch.exact(), 12), (sedjax.sketch.exact(), 40), (sedjax.sketch.gaussian(20), 5000)]
+)
+def test_noise_of_few_dimensions_has_no_edge(sketch, size):
+  """Down to about as many dimensions as rows, where noise's ratios are largest and vary most."""
+  config = core.Config(10, sketch=sketch)
+  rows = jax.random.normal(jax.random.key(1), (3000, size))
+  phases = np.asarray(phases_of(config, rows))
+  assert np.all(phases[9:] == Phase.NO_EDGE)
+
+
 def test_momentum_that_is_not_told_is_taken_for_an_edge():
   """So that the null is seen to do something."""
   config = core.Config(10, sketch=SKETCHES["count"], momentum=0.0)
