@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from sedjax._dataset import VERSION
 from sedjax._lock import locked
 
 _HEAD = struct.Struct("<IIc")  # length of what follows, CRC-32 of it (of a row: of all but the values), kind
@@ -35,7 +36,8 @@ SESSION, ROW, NOTE = b"S", b"R", b"N"
 FORMAT = "sedjax record"
 _BEGINNING = SESSION + b'{"format": "%s"' % FORMAT.encode()  # of a journal, from the kind of its first frame on
 CHECKED = 2**28  # bytes at the end of a journal whose rows are checked whole when it is opened
-_LONGEST = 2**20  # of the first frame; of others a multiple of the longest before
+_LONGEST = 2**20  # of notes and sessions that are sought after damage, unless there were longer ones before
+_MOST_FIELDS = 2**8  # of a row: what claims more is none, and its check sum need not be made
 _SEARCHED = 2**24  # bytes at a time, after damage
 
 
@@ -100,7 +102,7 @@ def frames(file: BinaryIO, *, check_all: bool = False) -> Iterator[Frame]:
     if found is None:
       return
     yield found
-    at, longest = found.end, max(longest, found.end - found.start)
+    at, longest = found.end, longest if found.kind == ROW else max(longest, found.end - found.start)
 
 
 def _frame_at(fd: int, at: int, limit: int, *, whole: bool) -> Frame | None:
@@ -115,7 +117,10 @@ def _frame_at(fd: int, at: int, limit: int, *, whole: bool) -> Frame | None:
   if kind == ROW:
     if length < _ROW.size:
       return None
-    covered = _ROW.size + 4 * _ROW.unpack_from(start, _HEAD.size)[2]
+    fields = _ROW.unpack_from(start, _HEAD.size)[2]
+    if fields > _MOST_FIELDS:
+      return None
+    covered = _ROW.size + 4 * fields
   if covered > length:
     return None
   known = start[_HEAD.size : _HEAD.size + covered]
@@ -130,13 +135,16 @@ def _frame_at(fd: int, at: int, limit: int, *, whole: bool) -> Frame | None:
 
 
 def _next_frame(fd: int, start: int, size: int, longest: int) -> Frame | None:
-  """The first whole frame from `start` on, of at most `longest` bytes."""
+  """The first whole frame from `start` on; notes and sessions of at most `longest` bytes.
+
+  Rows may have any length, since their heads, which are short, have check sums of their own.
+  """
   kind_at = _HEAD.size - 1
   for first in range(start, size, _SEARCHED):
     data = os.pread(fd, _SEARCHED + kind_at, first)
     for kind in re.finditer(b"[" + SESSION + ROW + NOTE + b"]", data[kind_at:]):
       at = first + kind.start()
-      found = _frame_at(fd, at, min(size, at + longest), whole=True)
+      found = _frame_at(fd, at, size if kind.group() == ROW else min(size, at + longest), whole=True)
       if found is not None:
         return found
   return None
@@ -174,6 +182,8 @@ def read(file: BinaryIO, *, check_all: bool = False) -> Contents | None:
       layout = new | {"attrs": {**layout.get("attrs", {}), **new["attrs"], **first}}
       if not same or not lows:
         lows.append({})
+      if layout["version"] > VERSION:  # the caller refuses it; its frames may be of other kinds
+        break
     elif kind == ROW:
       step, _, fields = _ROW.unpack_from(payload)
       if damaged and None in lows[-1] and step <= rows[-1][1].step:  # the session's own frame is lost
@@ -235,8 +245,8 @@ class Journal:
         if self.found is None and not _BEGINNING.startswith(start):
           raise ValueError(f"{path} is no journal; move it away")
       warn_of_damage(path, self.found)
-      # What follows is a frame torn by a kill.
-      os.ftruncate(self._fd, self.found.end if self.found else 0)
+      # What follows is a frame torn by a kill. It goes when something is written, not where the record is refused.
+      self._torn: int | None = self.found.end if self.found else 0
     except BaseException:
       self.close()
       raise
@@ -249,6 +259,9 @@ class Journal:
 
   def write(self, data: bytes) -> None:
     """Appends a frame; where that fails nothing of it stays."""
+    if self._torn is not None:
+      os.ftruncate(self._fd, self._torn)
+      self._torn = None
     written = os.write(self._fd, data)
     if written == len(data):
       return

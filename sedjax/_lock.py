@@ -23,9 +23,11 @@ def locked(path: Path, opened: Callable[[], int]) -> int:
     try:
       if fcntl:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      if path.exists() and os.path.samestat(os.stat(path), os.fstat(fd)):
+      if os.path.samestat(os.stat(path), os.fstat(fd)):
         return fd
-    except BlockingIOError:
+    except FileNotFoundError:
+      pass  # as below
+    except BaseException:
       os.close(fd)
       raise
     os.close(fd)  # its writer finished, and removed it, between the two calls

@@ -266,8 +266,12 @@ def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None
     if path.exists():
       stored = open_stored(path, rows.fields)
       parts = parts_of(stored.others, contents)
+      grows = all(stored.file[name].maxshape[0] is None for name in ("step", *rows.fields))
       stored.file.close()
-      shutil.copyfile(path, partial)
+      if grows:
+        shutil.copyfile(path, partial)
+      else:  # as xarray writes a dataset that is told no more
+        write_new(partial, xr.load_dataset(path, engine="h5netcdf", decode_times=False).drop_encoding())
     else:
       parts = parts_of(empty, contents)
       write_new(partial, empty)
@@ -277,12 +281,17 @@ def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None
       _extend(file, parts, rows)
     with h5py.File(partial, "r+") as file:
       _write_fields(file, parts.keep, rows)
-    with open(partial, "rb") as file:
-      os.fsync(file.fileno())
-    os.replace(partial, path)
+    replace_file(partial, path)
   except BaseException:
     partial.unlink(missing_ok=True)
     raise
+
+
+def replace_file(new: Path, path: Path) -> None:
+  """Puts a file in another's place, so that after a crash of the machine, too, one of them is there whole."""
+  with open(new, "rb") as file:
+    os.fsync(file.fileno())
+  os.replace(new, path)
 
 
 def write_new(path: Path, record: xr.Dataset) -> None:

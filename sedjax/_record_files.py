@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def journal_of(path: Path) -> Path:
-  """Where what is not in the NetCDF file yet lies."""
+  """Where what is not in the NetCDF file yet lies: beside the file itself, not beside a link to it."""
+  path = path.resolve()
   return path.with_name(path.name + ".journal")
 
 
@@ -135,30 +137,34 @@ def open_record(path: str | Path) -> xr.Dataset:
   # them again changes nothing.
   journal = journal_of(path)
   check_file(journal)
-  try:
-    file = open(journal, "rb")
-  except FileNotFoundError:
-    file = None
-  except OSError as error:
-    raise cannot("read", journal, error) from error
-  try:
-    contents = _journal.read(file) if file else None
-  except (ValueError, KeyError, TypeError) as error:
-    raise cannot("read", journal, error) from error
-  if contents is not None:
-    check_version(journal, contents.layout["version"])
-  _journal.warn_of_damage(journal, contents)
-  stored = open_file(path) if path.exists() else None
-  if contents is None and stored is None:
-    missing = f"there is no record {path}" if file is None else f"the record {path} has no rows yet"
-    raise FileNotFoundError(f"sedjax.record: {missing}.")
-  from sedjax import _netcdf
+  with contextlib.ExitStack() as opened:
+    try:
+      file = opened.enter_context(open(journal, "rb"))
+    except FileNotFoundError:
+      file = None
+    except OSError as error:
+      raise cannot("read", journal, error) from error
+    try:
+      contents = _journal.read(file) if file else None
+    except (ValueError, KeyError, TypeError) as error:
+      raise cannot("read", journal, error) from error
+    if contents is not None:
+      check_version(journal, contents.layout["version"])
+    _journal.warn_of_damage(journal, contents)
+    stored = open_file(path) if path.exists() else None
+    if stored is not None:
+      opened.callback(stored.file.close)
+    if contents is None and stored is None:
+      missing = f"there is no record {path}" if file is None else f"the record {path} has no rows yet"
+      raise FileNotFoundError(f"sedjax.record: {missing}.")
+    from sedjax import _netcdf
 
-  contents = contents or _journal.NOTHING
-  empty = empty_dataset({**layout_of(stored), "attrs": {}} if stored else contents.layout)
-  joined = _netcdf.joined(stored, empty, contents, rows_of(file, contents, empty))
-  joined.set_close(_netcdf.Closing(*(each for each in (file, stored and stored.file) if each is not None)))
-  return joined
+    contents = contents or _journal.NOTHING
+    empty = empty_dataset({**layout_of(stored), "attrs": {}} if stored else contents.layout)
+    joined = _netcdf.joined(stored, empty, contents, rows_of(file, contents, empty))
+    opened.pop_all()  # closed with the dataset from here on
+    joined.set_close(_netcdf.Closing(*(each for each in (file, stored and stored.file) if each is not None)))
+    return joined
 
 
 def needs_io() -> None:

@@ -246,7 +246,7 @@ def write_record(record: xr.Dataset, out: Path, series: list[Entry]) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
       _netcdf.write_new(new, record)
-      os.replace(new, path)
+      _netcdf.replace_file(new, path)
     finally:
       new.unlink(missing_ok=True)
   return True

@@ -77,20 +77,22 @@ class Recorder:
 
   Args:
     path: of the file, "run.nc".
-    tracker: the keyword arguments that `track_spectral_edge` was given; kept as attributes.
+    tracker: the keyword arguments that `track_spectral_edge` was given; windows, sketch, `every`, `source`, `momentum`
+      and `k_max` are kept as attributes.
     windows: needed only where reports, and not states, are appended: the tracker's windows, ascending.
     groups: likewise, the groups' names, the first the whole model.
     seeds: names of the seeds of a vmapped state, ints or strings; None for 0, 1, …, or for those of a record that is
       continued.
     attrs: further attributes: text, numbers or lists of numbers.
     sinks: each is called in the writer thread as `sink(step, scalars)`, with a dict of floats by name, and
-      `sink.close()` at the end; see `sedjax.sinks`. Series come with the steps at which they are logged.
+      `sink.close()` at the end; see `sedjax.sinks`. Series come with the steps at which they are logged. One that
+      raises is told no more, and a RuntimeWarning says so; the record goes on.
     name: of the tracker, where the state holds several.
 
   Raises:
     ValueError: the arguments are out of range, or the record is newer than this library, no record, of other windows,
       groups, seeds or another sketch, or being written by another Recorder. What the writer thread finds out is raised
-      by the next call as a RuntimeError: a full disk, a failing sink, groups or a sketch that only the state tells.
+      by the next call as a RuntimeError: a full disk, groups or a sketch that only the state tells.
 
   Cost: `append` dispatches one small compiled program. A row takes about 100 bytes, and 4·(2·W + 17) for each seed,
     window and group, W being the largest window; up to 256 rows wait in memory. `close` writes the whole record anew.
@@ -126,12 +128,18 @@ class Recorder:
   ):
     needs_io()
     self.path = Path(path)
-    self._config = core.Config(**{k: v for k, v in (tracker or {}).items() if k not in ("name", "axis_name")})
+    try:
+      self._config = core.Config(**{k: v for k, v in (tracker or {}).items() if k not in ("name", "axis_name")})
+    except TypeError:
+      raise ValueError(
+        f"sedjax.record: tracker must be the keyword arguments of track_spectral_edge, got {tracker!r}."
+      ) from None
     self._tracked = tracker is not None
     self._name = name if name is not None else (tracker or {}).get("name")
     self._seeds = None if seeds is None else seed_names(seeds)
     self._given = None if windows is None else windows_and_groups(windows, groups or [WHOLE])
-    self._attrs, self._sinks = dict(attrs or {}), tuple(sinks)
+    self._attrs, self._sinks = dict(attrs or {}), list(sinks)
+    self._failed: list[Any] = []  # sinks that are told no more
     for key in self._attrs:
       if not isinstance(key, str) or storable(key) != key or not key or key in RESERVED:
         raise ValueError(
@@ -141,7 +149,7 @@ class Recorder:
     check_file(journal_of(self.path))
     try:
       self._journal = _journal.Journal(journal_of(self.path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
       raise cannot("write", self.path, error) from error
     try:
       self._layout = existing_layout(self.path, self._journal.found)  # None until there is one
@@ -163,7 +171,7 @@ class Recorder:
     self._seed_count = None if names is None else len(names)  # None until it is known
     self._last: dict[str, int] = {}  # steps, by kind
     self._error: tuple[str, BaseException] | None = None
-    self._closed = False
+    self._closing = self._closed = False
     self._jobs: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue(QUEUED)
     self._thread = threading.Thread(target=self._work, name="sedjax record", daemon=True)
     self._thread.start()
@@ -180,6 +188,7 @@ class Recorder:
     Raises:
       ValueError: steps do not ascend, no tracker in the state, shapes other than before or than the record has that is
         continued, or a traced state.
+      TypeError: the step is an array, or no int.
       RuntimeError: an earlier row could not be written.
     """
     step = self._next("append", step)
@@ -214,10 +223,9 @@ class Recorder:
     """
     for name, value in scalars.items():
       check_series(name, value)
-    for name, value in scalars.items():
+    for name in scalars:
       step = self._next(f"log {name}", step)
-      if np.ndim(value):
-        self._check_seeds(name, len(value))
+    self._check_seeds({name: len(value) for name, value in scalars.items() if np.ndim(value)})
     if scalars:
       self._last |= {f"log {name}": step for name in scalars}
       scalars = {name: own_copy(value) for name, value in scalars.items()}
@@ -244,7 +252,11 @@ class Recorder:
       return
     self._jobs.join()
     self._raise()
-    self._journal.sync()
+    try:
+      self._journal.sync()
+    except OSError as error:
+      self._error = ("the newest rows", error)
+      self._raise()
 
   def close(self) -> None:
     """Writes what is left and makes the NetCDF file; the journal is then gone.
@@ -257,10 +269,12 @@ class Recorder:
     """
     if self._closed:
       return
+    if not self._closing:
+      self._closing = True
+      self._jobs.put(None)
+    self._thread.join()  # a Ctrl-C while it waits leaves the rest to the next call, or to the program's exit
     self._closed = True
     atexit.unregister(self.close)
-    self._jobs.put(None)
-    self._thread.join()
     try:
       if self._error is None:
         self._finish()
@@ -270,9 +284,11 @@ class Recorder:
     finally:
       self._journal.close()
       with contextlib.ExitStack() as stack:  # which closes all, whatever one of them raises
+        for sink in self._failed:
+          with contextlib.suppress(Exception):
+            getattr(sink, "close", lambda: None)()
         for sink in self._sinks:
-          if hasattr(sink, "close"):
-            stack.callback(sink.close)  # pyright: ignore[reportFunctionMemberAccess]
+          stack.callback(getattr(sink, "close", lambda: None))
     self._raise()
 
   def __enter__(self) -> Recorder:
@@ -316,18 +332,21 @@ class Recorder:
           "that track_spectral_edge was given."
         )
       if self._layout is None:
-        self._check_seeds("the state", seeds)
+        self._check_seeds({"the state": seeds})
       numbers = {"seeds": seeds, "groups": shape[-2], "windows": shape[-1]}
       self._must_continue(numbers if windows is None else {**numbers, "windows": list(windows)})
       self._shape = shape
     if shape != self._shape:
       raise ValueError(f"sedjax.record: the reports' shape was {self._shape} and is now {shape}.")
 
-  def _check_seeds(self, what: str, count: int) -> None:
-    if self._seed_count is None:
-      self._seed_count = count
-    if count != self._seed_count:
-      raise ValueError(f"sedjax.record: {what} has {count} seeds, the record has {self._seed_count}.")
+  def _check_seeds(self, counts: Mapping[str, int]) -> None:
+    """Of what is told: the first count that is known holds for all."""
+    known = self._seed_count
+    for what, count in counts.items():
+      known = count if known is None else known
+      if count != known:
+        raise ValueError(f"sedjax.record: {what} has {count} seeds, the record has {known}.")
+    self._seed_count = known
 
   def _problem(self, new: Mapping[str, int | list[Any] | None]) -> str | None:
     """How a layout, or the length of an axis of it, differs from that of the record to be continued."""
@@ -348,7 +367,7 @@ class Recorder:
       raise ValueError(f"sedjax.record: cannot continue {self.path}: {problem}.")
 
   def _put(self, what: str, job: Callable[[], None]) -> None:
-    if self._closed:
+    if self._closing:
       raise ValueError(f"sedjax.record: the recorder of {self.path} is closed.")
     self._jobs.put((what, job))
 
@@ -384,7 +403,8 @@ class Recorder:
     values = {name: np.asarray(value, np.float64) for name, value in jax.device_get(dict(scalars)).items()}
     self._write_note(_journal.note_payload(step, {"series": {name: value.tolist() for name, value in values.items()}}))
     if self._sinks:
-      self._tell(step, {tag: x for name, value in values.items() for tag, x in _tagged(name, value, self._layout)})
+      names = self._layout or {"seeds": self._seeds or list(range(self._seed_count or 0)), "windows": [], "groups": []}
+      self._tell(step, {tag: x for name, value in values.items() for tag, x in _tagged(name, value, names)})
 
   def _write_note(self, payload: bytes) -> None:
     data = _journal.frame(_journal.NOTE, payload)
@@ -396,11 +416,14 @@ class Recorder:
       self._held.append(data)
 
   def _tell(self, step: int, scalars: dict[str, float]) -> None:
-    for sink in self._sinks:
+    for sink in list(self._sinks):
       try:
         sink(step, scalars)
       except Exception as error:
-        raise RuntimeError(f"the sink {type(sink).__name__} failed: {error}") from error
+        self._sinks.remove(sink)
+        self._failed.append(sink)
+        what = f"sedjax.record: the sink {type(sink).__name__} failed at step {step} ({type(error).__name__}: {error})"
+        warnings.warn(f"{what}; it is told no more, and the record goes on.", RuntimeWarning, stacklevel=2)
 
   def _begin(self, layout: dict[str, Any], first_row: int | None = None) -> None:
     """Writes this session's frame, which says what its rows are and at which step they begin, if that is known."""
@@ -457,15 +480,13 @@ class Recorder:
       ) from error
 
 
-def _tagged(name: str, values: np.ndarray, layout: Mapping[str, Any] | None) -> Iterable[tuple[str, float]]:
+def _tagged(name: str, values: np.ndarray, layout: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
   """Scalars of [seed, window, group], [seed] or [], each with a name that says which, as far as there are several."""
-  parts: list[list[str]] = []
-  if layout is not None:
-    parts = [[f"seed_{seed}" for seed in layout["seeds"]], [f"w{w}" for w in layout["windows"]], layout["groups"]]
+  parts = [[f"seed_{seed}" for seed in layout["seeds"]], [f"w{w}" for w in layout["windows"]], layout["groups"]]
   order = (2, 1, 0)  # the group comes first in names
   for place in np.ndindex(values.shape):
     words = {}
     for axis, i in enumerate(place):
       if values.shape[axis] > 1:
-        words[axis] = parts[axis][i] if parts else f"seed_{i}"
+        words[axis] = parts[axis][i]
     yield "/".join([name, *(words[axis] for axis in order if axis in words)]), float(values[place])
