@@ -498,9 +498,12 @@ def git(*arguments: str) -> str | None:
   return done.stdout.strip() if done.returncode == 0 else None
 
 
+MADE_PAGES = ("README.md", "benchmarks/RESULTS.md")
+
+
 def code_version() -> dict[str, Any]:
   """The commit, and whether files differ from it (results and what is made of them aside)."""
-  changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+  changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", *(f":!{page}" for page in MADE_PAGES))
   return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
 

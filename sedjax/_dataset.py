@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sedjax import core
+from sedjax._state import INTEGERS
 from sedjax._types import VECTOR_FIELDS, Phase, Report, Status
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ FIELDS = {
 }
 # Attributes that NetCDF or the record itself has.
 RESERVED = ("record_version", "DIMENSION_LIST", "REFERENCE_LIST", "CLASS", "NAME", "_Netcdf4Dimid", "_NCProperties")
-DTYPES = {name: "<i4" for name in core.INTEGERS} | {"edge_ambiguous": "?"}
+DTYPES = {name: "<i4" for name in INTEGERS} | {"edge_ambiguous": "?"}
 
 
 def to_dataset(

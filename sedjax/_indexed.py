@@ -86,7 +86,7 @@ def _is_automatic(mesh: Any) -> bool:
 
 
 def gathered(vector: jax.Array) -> jax.Array:
-  """Asks for a vector on every device of a mesh of automatic axes, where its pieces would be sent around one by one."""
+  """Returns the vector, whole on every device of an automatic mesh: its pieces would be sent around one by one."""
   mesh = _placement.mesh_of(vector)
   if mesh.empty or not _is_automatic(mesh):
     return vector

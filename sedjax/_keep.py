@@ -72,7 +72,7 @@ def _xor(x: jax.Array, bits: jax.Array) -> jax.Array:
 
 
 def _after_no_rounds(x: jax.Array, zero: jax.Array) -> jax.Array:
-  """x behind a loop, of as many rounds as `zero` says, in which its bits stay: on CPU XLA drops its own barriers."""
+  """Returns x unchanged, behind a loop of `zero` rounds that XLA cannot remove: on CPU it drops its own barriers."""
 
   def one_more(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     done, x = carry

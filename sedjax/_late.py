@@ -25,13 +25,13 @@ def with_promotion(function: Any) -> Any:
 
 
 def devices_of(context: Any) -> int:
-  """For how many devices what a primitive is lowered to is; where a mesh is by hand each has a program of its own."""
+  """The number of devices that the program being lowered is for; inside a `shard_map` that is 1."""
   return getattr(context.module_context.axis_context, "num_devices", None) or 1
 
 
 @functools.cache
 def _primitive() -> Any:
-  """What of some arrays a function makes that `choose` gives for a number of devices."""
+  """Applies to its operands the function that `choose` returns for the number of devices, known when lowered."""
   from jax.core import ShapedArray
   from jax.extend.core import Primitive
   from jax.interpreters import batching, mlir

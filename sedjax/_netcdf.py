@@ -266,7 +266,8 @@ def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None
     if path.exists():
       stored = open_stored(path, rows.fields)
       parts = parts_of(stored.others, contents)
-      grows = all(stored.file[name].maxshape[0] is None for name in ("step", *rows.fields))
+      datasets: list[Any] = [stored.file[name] for name in ("step", *rows.fields)]
+      grows = all(dataset.maxshape[0] is None for dataset in datasets)
       stored.file.close()
       if grows:
         shutil.copyfile(path, partial)

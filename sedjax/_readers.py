@@ -8,6 +8,7 @@ asked for and no more. Whatever is wrong with a file becomes a `ReadError`, whic
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -63,6 +64,12 @@ class Reader:
     """Closes the files."""
 
 
+# What the system says of its disks, rights and limits, and not because a file is damaged.
+_NOT_THE_FILES = {
+  errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV
+}  # fmt: skip
+
+
 @contextlib.contextmanager
 def _told_as(what: str) -> Iterator[None]:
   """Turns whatever a library raises over a damaged file into a ReadError."""
@@ -72,15 +79,21 @@ def _told_as(what: str) -> Iterator[None]:
     raise
   except FileNotFoundError as error:
     raise ReadError(f"{error.filename or 'the file'} does not exist") from error
+  except OSError as error:
+    if error.errno in _NOT_THE_FILES:
+      raise ReadError(f"it cannot be read: {error.strerror}") from error
+    raise _damaged(what, error) from error
   except ImportError as error:
     raise ReadError(f"reading {what} needs the package {error.name!r}, which is not installed") from error
   except MemoryError as error:
     raise ReadError(f"it asks for more memory than there is, and is no valid {what}") from error
   except Exception as error:
-    lines = str(error).strip().splitlines()
-    raise ReadError(
-      f"it is damaged or no {what} ({type(error).__name__}: {lines[0][:200] if lines else 'no message'})"
-    ) from error
+    raise _damaged(what, error) from error
+
+
+def _damaged(what: str, error: Exception) -> ReadError:
+  lines = str(error).strip().splitlines()
+  return ReadError(f"it is damaged or no {what} ({type(error).__name__}: {lines[0][:200] if lines else 'no message'})")
 
 
 def _fill(file: Any, out: np.ndarray, at: int | None = None) -> None:

@@ -199,8 +199,9 @@ class Reading:
       if info.dtype != leaf.info.dtype:
         raise error_at(self.entry, name, f"its dtype is {info.dtype}, in the first checkpoint it is {leaf.info.dtype}")
     known = selection.left_out.keys() | selection.tree.keys()
+    usual = known - selection.no_parameters
     for path in self.infos:
-      if path in known - selection.no_parameters or _why_not(path, self.infos):
+      if path in usual or _why_not(path, self.infos):
         continue
       why = f"the first checkpoint {first.file} has no such tensor"
       if path in known:

@@ -195,7 +195,7 @@ def report_window(
     edge_ambiguous=usable & ambiguous,
     pc1_fraction=share(relative[:, 0] ** 2),
     k95=jnp.where(some, k95, 0).astype(jnp.int32),
-    drift_speed=jnp.sqrt(jnp.maximum(gram[0].sum((-2, -1)), 0)) / window * unit,
+    drift_speed=jnp.sqrt(jnp.maximum(gram[0].sum((-2, -1)), 0)) / jnp.clip(filled, 1, window) * unit,
     alignment=jnp.clip(alignment, 0, 1),
     turning=jnp.where((filled > window) & some & jnp.any(state.direction != 0, -1), jnp.clip(turning, 0, 1), 0),
     last_update_norm=norm * rows.scale[:, last],

@@ -13,13 +13,12 @@ import numpy as np
 
 from sedjax import plot, record
 from sedjax._html import steps_text
-from sedjax._types import Report, Status
+from sedjax._types import VECTOR_FIELDS, Report, Status
 
 if TYPE_CHECKING:
   import xarray as xr
 
 _BLOCK = 2**22  # numbers of one field that are read at a time
-_VECTORS = ("singular_values", "ratios")
 NEEDED = ("gap_ratio", "null_ratio", "k_star", "phase", "status")
 
 
@@ -119,19 +118,19 @@ def _read(source: xr.Dataset, w: int, g: int) -> tuple[Sums, xr.Dataset, xr.Data
 
   rows, *shape = (source.sizes[dim] for dim in record.DIMS)
   steps = source.step.values
-  k_max = int(max(source.window.values))
+  longest = int(max(source.window.values))
 
   def zeros(*more: int) -> np.ndarray:
     return np.zeros((*shape, *more), np.int64)
 
   full, above, ambiguous, peak_step, places, bits, missing = (
-    zeros(), zeros(), zeros(), zeros(), zeros(k_max + 1), zeros(32), zeros()
+    zeros(), zeros(), zeros(), zeros(), zeros(longest + 1), zeros(32), zeros()
   )  # fmt: skip
   log_ratio, pc1, peak = np.zeros(shape), np.zeros(shape), np.zeros(shape)
   least_dim = np.full(shape, np.inf)
   last_phase = zeros()
-  scalars = [name for name in Report._fields if name in source.data_vars and name not in _VECTORS]
-  vectors = [name for name in _VECTORS if name in source.data_vars]
+  scalars = [name for name in Report._fields if name in source.data_vars and name not in VECTOR_FIELDS]
+  vectors = [name for name in VECTOR_FIELDS if name in source.data_vars]
   kept: dict[str, list[np.ndarray]] = {name: [] for name in scalars + vectors}
   over_groups: dict[str, list[np.ndarray]] = {"gap_ratio": [], "null_ratio": [], "phase": []}
   summed = {*NEEDED, "edge_ambiguous", "pc1_fraction", "effective_dim"}
@@ -158,7 +157,7 @@ def _read(source: xr.Dataset, w: int, g: int) -> tuple[Sums, xr.Dataset, xr.Data
     share = block.get("pc1_fraction", np.float32(0))
     missing += (~(sound & np.isfinite(share))).sum(0)
     log_ratio += np.log(np.where(filled & (gap > 0), gap, 1), dtype=np.float32).sum(0, dtype=float)
-    for k in range(1, min(k_max, int(k_star.max(initial=0))) + 1):
+    for k in range(1, min(longest, int(k_star.max(initial=0))) + 1):
       places[..., k] += (edge & (k_star == k)).sum(0)
     if "edge_ambiguous" in block:
       ambiguous += (edge & (block["edge_ambiguous"] > 0)).sum(0)
@@ -179,7 +178,7 @@ def _read(source: xr.Dataset, w: int, g: int) -> tuple[Sums, xr.Dataset, xr.Data
 
   def joined(name: str, parts: list[np.ndarray]) -> tuple[Any, np.ndarray, dict[str, Any]]:
     whole = np.concatenate(parts)
-    dims = (*record.DIMS, "index") if name in _VECTORS else record.DIMS
+    dims = (*record.DIMS, "index") if name in VECTOR_FIELDS else record.DIMS
     return dims, np.expand_dims(whole, (2, 3)), dict(source[name].attrs)
 
   coords = {"step": source.step, "seed": source.seed, "window": source.window[[w]], "group": source.group[[g]]}

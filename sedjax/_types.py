@@ -10,7 +10,15 @@ import numpy as np
 
 
 class Phase(enum.IntEnum):
-  """Where the gap ratio of a window stands; see `Report.phase`."""
+  """Where the gap ratio of a window stands, told row by row, without hindsight.
+
+  Attributes:
+    WARMUP: the window is not full.
+    NO_EDGE: the ratio is within what noise shows.
+    RISE: it exceeds that (`Report.null_ratio`), and grows.
+    PLATEAU: it grows no longer, and is at least 0.85 of its peak.
+    COLLAPSE: it fell below 0.85 of its peak, and is not yet within noise.
+  """
 
   WARMUP = 0
   NO_EDGE = 1
@@ -20,7 +28,20 @@ class Phase(enum.IntEnum):
 
 
 class Status(enum.IntFlag):
-  """What a reader of a report should know; `explain` puts each bit into words."""
+  """What a reader of a report should know, as bits; `explain` puts each into words.
+
+  Attributes:
+    WINDOW_FILLING: there are fewer rows than the window holds.
+    BELOW_FLOOR: some singular values are below the largest / 300, what float32 resolves.
+    LOW_EFFECTIVE_DIM: the sketch's effective dimension is under 2000.
+    PARTIAL_ROW: a row of the window holds another number of steps than `every`.
+    NONFINITE_SKIPPED: steps with NaN or infinite updates were left out.
+    ZERO_SKIPPED: steps with exactly zero updates were left out.
+    CANCELLATION: rounding of differences of parameters may exceed 1 %.
+    UNTRACKED: some leaves hold no floats, or `groups` gave None for them.
+    UNKNOWN_GROUP: there is no such group; all else in the report is void.
+    MAP_CHANGED: rows of another sketch or tree share the window.
+  """
 
   WINDOW_FILLING = 1
   BELOW_FLOOR = 2
@@ -55,8 +76,9 @@ _WORDS = {
 class Report(NamedTuple):
   """What one window says about one group of parameters.
 
-  All fields may carry leading axes (seeds, history). Lengths are in the parameters' own unit. Before the window holds
-  enough rows a field is 0.
+  All fields may carry leading axes (seeds, history). Lengths are in the parameters' own unit. While the window fills,
+  `k_star`, `gap_ratio`, `null_ratio` and `turning` are 0, and all else is that of the rows so far; before the first row
+  everything is 0.
 
   Attributes:
     singular_values: float32[W], descending, of the window's rows; 0 for rows not yet there.

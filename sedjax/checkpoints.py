@@ -41,6 +41,8 @@ from sedjax._types import Report
 if TYPE_CHECKING:
   import xarray as xr
 
+__all__ = ["CheckpointError", "analyze"]
+
 
 def analyze(
   files: Path | Iterable[Path],

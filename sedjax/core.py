@@ -46,6 +46,8 @@ from sedjax._state import TrackerState as TrackerState
 from sedjax._state import window_sizes as window_sizes
 from sedjax._types import VECTOR_FIELDS, Report, Status
 
+__all__ = ["Config", "TrackerState", "history", "init", "observe", "report", "reports", "window_sizes"]
+
 TREE_CHANGED = (
   "track_spectral_edge: the updates differ in tree, shapes or groups from what init saw; call tx.init with the "
   "parameters that these updates belong to."

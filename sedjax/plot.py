@@ -29,6 +29,8 @@ from sedjax._types import Phase
 if TYPE_CHECKING:
   import xarray as xr
 
+__all__ = ["against_null", "fidelity", "gap_ratio", "groups", "ratios", "series", "singular_values"]
+
 # Face, hatching and name of each phase. The faces also differ in grey.
 PHASES = {
   Phase.WARMUP: ("#E4E4E4", "xx", "window filling"),

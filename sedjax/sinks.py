@@ -12,6 +12,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+__all__ = ["JSONL", "TensorBoard", "WandB"]
+
 
 class TensorBoard:
   """Writes scalars for TensorBoard, through tensorboardX (extra `tensorboard`).

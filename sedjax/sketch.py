@@ -36,6 +36,8 @@ from sedjax._late import by_devices
 from sedjax._placement import mesh_of
 from sedjax._strided import strided_rows
 
+__all__ = ["Count", "Exact", "Gaussian", "count", "exact", "gaussian"]
+
 _VERSION = 2
 
 

@@ -1,6 +1,7 @@
 """The analysis of saved checkpoints: readers, selection, the numbers, interruptions, and bad input."""
 
 import argparse
+import errno
 import io
 import json
 import math
@@ -325,6 +326,19 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(tmp_path, series, sketch
   found = checkpoints.analyze(files, window=3, sketch=sketch, out=out, progress=False)
   fresh = checkpoints.analyze(files, window=3, sketch=sketch, progress=False)
   assert_same(found, fresh)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, series, monkeypatch):
+  files = write(tmp_path, series, *FORMATS["safetensors"])
+
+  def forbidden(path, *_):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+  monkeypatch.setattr(_readers, "open", forbidden, raising=False)
+  with pytest.raises(
+    checkpoints.CheckpointError, match=r"step_0\.safetensors .*: it cannot be read: Permission denied"
+  ):
+    checkpoints.analyze(files, window=3, progress=False)
 
 
 def test_float8_of_torch(tmp_path):

@@ -83,6 +83,19 @@ def test_turning_and_alignment():
   assert np.all(np.asarray(reports.k_star[4:]) > 0)
 
 
+def test_while_the_window_fills_reports_are_of_the_rows_so_far():
+  rows = oracles.rows_with_spectrum([4, 3, 2, 1.5, 1], 200)
+  reports = run(rows, 5, sedjax.sketch.exact())
+  for count in range(1, 5):
+    report, truth = jax.tree.map(lambda x, i=count - 1: x[i], reports), oracles.spectrum(rows[:count])
+    np.testing.assert_allclose(report.singular_values[:count], truth["singular_values"], rtol=1e-4)
+    assert np.all(report.singular_values[count:] == 0)
+    for name in ("pc1_fraction", "k95", "drift_speed", "last_update_norm", "alignment"):
+      np.testing.assert_allclose(getattr(report, name), truth[name], rtol=1e-4)
+    for name in ("k_star", "gap_ratio", "null_ratio", "turning", "edge_ambiguous"):
+      assert not getattr(report, name)
+
+
 @pytest.mark.parametrize("make", [sedjax.sketch.exact, sedjax.sketch.count])
 def test_rank_one_and_zeros(make):
   rows = np.ones((6, 1)) * np.random.default_rng(0).normal(size=(1, 400))
