@@ -331,7 +331,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(tmp_path, series, sketch
 def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, series, monkeypatch):
   files = write(tmp_path, series, *FORMATS["safetensors"])
 
-  def forbidden(path, *_):
+  def forbidden(path, *_, **__):
     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
   monkeypatch.setattr(_readers, "open", forbidden, raising=False)
