@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sedjax import plot
+from sedjax import _drawing
 from sedjax._types import Phase
 
 _LONGEST = 50_000  # characters of an attribute
@@ -87,7 +87,7 @@ PHASE_WORDS = {
   Phase.PLATEAU: "a plateau",
   Phase.COLLAPSE: "a collapse",
 }
-PHASE_NAMES = {phase: name for phase, (_, _, name) in plot.PHASES.items()}
+PHASE_NAMES = {phase: name for phase, (_, _, name) in _drawing.PHASES.items()}
 
 
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
@@ -118,7 +118,7 @@ def figure(draw: Callable[[Any], Any], alt: str, caption: str) -> str:
   """Two pictures, for wide and for narrow screens, in the page itself."""
   from matplotlib.figure import Figure
 
-  matplotlib = plot.load_matplotlib()
+  matplotlib = _drawing.load_matplotlib()
   uris = []
   for size in _FIGURE_SIZES:
     with matplotlib.rc_context({"font.size": 9.5, "axes.linewidth": 0.7, "savefig.dpi": 170}):

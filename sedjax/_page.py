@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sedjax import plot, record
+from sedjax import _drawing, _plot_data, plot, record
 from sedjax._html import (
   PHASE_NAMES,
   PHASE_WORDS,
@@ -109,7 +109,7 @@ def make_page(source: xr.Dataset, *, name: str = "record", window: int | None = 
     ValueError: it is no record, is damaged, or has no such window or group.
     ImportError: matplotlib is missing.
   """
-  plot.load_matplotlib()  # before minutes of reading
+  _drawing.load_matplotlib()  # before minutes of reading
   check_record(source, name)
   windows, groups = source.window.values.tolist(), source.group.values.tolist()
   window = max(windows) if window is None else window
@@ -357,7 +357,7 @@ def _spectrum_section(facts: Facts) -> str:
 
 
 def _series_section(facts: Facts) -> str:
-  names, happened = plot.series_names(facts.chosen), plot.events_of(facts.chosen)
+  names, happened = _plot_data.series_names(facts.chosen), _plot_data.events_of(facts.chosen)
   if not names and not happened:
     return ""
   text = "<h2>Your series and events</h2>"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sedjax import plot, record
+from sedjax import _plot_data, record
 from sedjax._html import steps_text
 from sedjax._types import VECTOR_FIELDS, Report, Status
 
@@ -183,7 +183,7 @@ def _read(source: xr.Dataset, w: int, g: int) -> tuple[Sums, xr.Dataset, xr.Data
 
   coords = {"step": source.step, "seed": source.seed, "window": source.window[[w]], "group": source.group[[g]]}
   extra = {
-    name: source[name].load() for name in [*plot.series_names(source), *(["event"] if "event" in source else [])]
+    name: source[name].load() for name in [*_plot_data.series_names(source), *(["event"] if "event" in source else [])]
   }
   chosen = xr.Dataset({name: joined(name, parts) for name, parts in kept.items() if name in scalars}, coords)
   chosen = chosen.assign(extra).assign_attrs(source.attrs)

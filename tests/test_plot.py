@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 
-from sedjax import plot
+from sedjax import _drawing, _plot_data, plot
 from sedjax._types import Phase
 
 matplotlib.use("agg")
@@ -42,7 +42,7 @@ def handles(ax):
 
 def shaded(ax, name):
   """Steps between which a phase is shaded, from the drawn boxes of its colour."""
-  face = matplotlib.colors.to_rgba(plot.PHASES[name][0])
+  face = matplotlib.colors.to_rgba(_drawing.PHASES[name][0])
   boxes = [part for part in ax.collections if np.allclose(part.get_facecolor()[0], face)]
   return [(path.vertices[:, 0].min(), path.vertices[:, 0].max()) for part in boxes for path in part.get_paths()]
 
@@ -107,14 +107,14 @@ def test_thinning_keeps_peaks():
   steps = np.arange(100_000)
   values = np.random.default_rng(0).normal(size=len(steps))
   values[[12_345, 77_777]] = 100, -100
-  x, y = plot.thin(steps, values, 500)
+  x, y = _plot_data.thin(steps, values, 500)
   assert len(x) <= 1000
   assert y.max() == 100
   assert y.min() == -100
   assert abs(x[y.argmax()] - 12_345) <= 200
   assert abs(x[y.argmin()] - 77_777) <= 200
   values[40_000:60_000] = np.nan
-  x, y = plot.thin(steps, values, 500)
+  x, y = _plot_data.thin(steps, values, 500)
   assert np.isnan(y[(x > 40_200) & (x < 59_800)]).all()
   assert np.isfinite(y[(x < 39_800) | (x > 60_200)]).all()
 
@@ -174,8 +174,8 @@ def test_what_was_selected_by_xarray_is_drawn(record, name):
 
 
 def test_series_and_events(record):
-  assert plot.series_names(record) == ["loss", "accuracy"]
-  assert plot.events_of(record) == [(1000, "data shift"), (2600, "learning rate halved")]
+  assert _plot_data.series_names(record) == ["loss", "accuracy"]
+  assert _plot_data.events_of(record) == [(1000, "data shift"), (2600, "learning rate halved")]
   assert set(handles(plot.series(record, "loss", ax=axes()))) >= {"seed 7", "seed 9", "2: learning rate halved"}
   assert len(plot.series(record, "loss", ax=axes(), seed=8).lines) == 1 + 2  # and two events
 
