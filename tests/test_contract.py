@@ -57,11 +57,40 @@ def _zero():
   return jnp.zeros((), jnp.float32)
 
 
+def _sum(tree):
+  return sum(jnp.sum(x) for x in jax.tree.leaves(tree))
+
+
+@jax.custom_batching.custom_vmap
+def _sum_with_a_wrong_rule(x):
+  return jnp.sum(x)
+
+
+@_sum_with_a_wrong_rule.def_vmap
+def _(size, _, x):
+  return jnp.full(size, jnp.sum(x) / size), True
+
+
+@jax.tree_util.register_pytree_node_class
+class _Unknown:
+  """A node that JAX knows and serializers do not."""
+
+  def __init__(self, value):
+    self.value = value
+
+  def tree_flatten(self):
+    return (self.value,), None
+
+  @classmethod
+  def tree_unflatten(cls, _, children):
+    return cls(*children)
+
+
 # What is broken, and the properties that must notice.
 BROKEN = {
   "its state changes structure after the first update": (
     _toy(lambda _: _ToyState({}), lambda u, _s, _p: (u, _ToyState({"norm": _norm(u)}))),
-    ("state_keeps_its_signature", "loops", "wrappers"),
+    ("state_keeps_its_signature", "loops", "wrappers", "traces_and_compiles_once"),
   ),
   "its updates come back as float32": (
     _toy(
@@ -95,7 +124,47 @@ BROKEN = {
     ),
     ("holds_no_callback_and_donates",),
   ),
+  "it adds numbers of any width to its state": (
+    _toy(lambda _: _ToyState(_zero()), lambda u, s, _p: (u, _ToyState(s.value + _sum(u)))),
+    ("state_keeps_its_signature_under_x64", "survives_odd_leaves"),
+  ),
+  "it mixes the seeds": (
+    _toy(lambda _: _ToyState(_zero()), lambda u, s, _p: (u, _ToyState(s.value + _sum_with_a_wrong_rule(u["conv"])))),
+    ("vmap_equals_single_runs",),
+  ),
+  "it does something else where it is traced": (
+    _toy(
+      lambda _: _ToyState(_zero()),
+      lambda u, s, _p: (u, _ToyState(s.value + isinstance(jax.tree.leaves(u)[0], jax.core.Tracer))),
+    ),
+    ("jit_equals_eager",),
+  ),
+  "it takes an argument of its own for one of another's": (
+    optax.GradientTransformationExtraArgs(
+      lambda _: _ToyState(_zero()), lambda u, s, _p=None, *, value=0.0, **_: (u, _ToyState(s.value + value))
+    ),
+    ("tolerates_extra_arguments",),
+  ),
+  "its init reads the parameters": (
+    _toy(lambda p: _ToyState(jnp.float32(float(_sum(p)))), lambda u, s, _p: (u, s)),
+    ("abstract_init",),
+  ),
+  "its state cannot be saved": (
+    _toy(lambda _: _Unknown(_zero()), lambda u, s, _p: (u, _Unknown(s.value + 1))),
+    ("saves_and_resumes",),
+  ),
+  "it counts devices": (
+    _toy(
+      lambda _: _ToyState(_zero()),
+      lambda u, s, _p: (u, _ToyState(s.value + jax.sharding.get_abstract_mesh().size)),
+    ),
+    ("keeps_shardings", "keeps_explicit_shardings"),
+  ),
 }
+
+
+def test_every_property_can_fail():
+  assert {name for _, noticing in BROKEN.values() for name in noticing} == {p.__name__ for p in contract.PROPERTIES}
 
 
 @pytest.mark.parametrize("fault", BROKEN)
