@@ -157,7 +157,7 @@ def log_ticks(axis: Any, low: float, high: float) -> None:
 
 
 def ratio_axis(ax: Any, *tops: float, low: float = 0.97) -> None:
-  top = 1.08 * max(1.05, *tops)
+  top, low = 1.08 * max(1.05, *tops), max(low, 0.5)  # a ratio of 0, of rows of zeros, is below any axis
   ax.set_yscale("log")
   ax.set_ylim(low, top)
   _ratio_ticks(ax.yaxis, low, top)

@@ -161,7 +161,8 @@ def _reports_of_gram(
   base_step = series[0].step
   for row in range(gram.shape[1]):
     entry = series[row + 1]
-    near = [row, *rows][: config.slots]
+    moved = gram[0, row, 0] > 0
+    near = [row, *rows][: config.slots if moved else 1]
     if row - near[-1] >= gram.shape[2]:
       raise error_at(entry, None, "too many of those before it are identical to others; leave them out")
     products = np.zeros((gram.shape[0], config.slots))
@@ -169,6 +170,6 @@ def _reports_of_gram(
     energy = gram[:, row, 0]
     dims = np.divide(3 * energy**2, fourth[:, row], out=np.zeros_like(energy), where=fourth[:, row] > 0)
     state = core.push_gram(config, state, products, dims, entry.step - base_step)
-    if energy[0] > 0:
+    if moved:
       rows, base_step = near, entry.step
     yield row + 1, core.reports(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import multiprocessing.pool
 import os
@@ -262,6 +263,8 @@ def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None
   """
   path = path.resolve()  # a link stays
   partial = path.with_name(path.name + ".partial")
+  row_bytes = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in rows.fields.values())
+  check_room(path, len(rows) * row_bytes + (path.stat().st_size if path.exists() else 0))
   try:
     if path.exists():
       stored = open_stored(path, rows.fields)
@@ -286,6 +289,19 @@ def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None
   except BaseException:
     partial.unlink(missing_ok=True)
     raise
+
+
+def check_room(path: Path, size: int) -> None:
+  """Refuses to write a file of that many bytes, uncompressed, where the disk may have no room for it.
+
+  HDF5 cannot close a file that a full disk cut off, and takes the process down when it tries at its end.
+
+  Raises:
+    OSError: there may be too little room.
+  """
+  needed, free = size + 2**18, shutil.disk_usage(path.parent).free
+  if free < needed:
+    raise OSError(errno.ENOSPC, f"no space left on the disk: it may need {needed:,} bytes, {free:,} are free")
 
 
 def replace_file(new: Path, path: Path) -> None:

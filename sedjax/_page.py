@@ -375,6 +375,8 @@ def _series_section(facts: Facts) -> str:
       f"{key}: {counted(len(steps), 'value')}, least {number(values[finite].min())}, greatest "
       f"{number(values[finite].max())}, at the end {now}."
     )
+    if end + 1 < len(steps):
+      words = f"{words[:-1]}, at step {steps[end]:,}; after it {counted(len(steps) - 1 - end, 'value')}, none finite."
     text += figure(lambda ax, key=key: plot.series(facts.chosen, key, ax=ax), f"{words} Drawn over its steps.", words)
   if names[12:]:
     text += f"<p>Not drawn: {escape(listed(names[12:], 100))}.</p>"
@@ -388,6 +390,8 @@ def _series_section(facts: Facts) -> str:
         then = "after the last row" if step > facts.steps[-1] else "before the first row"
       rows.append([str(i), escape(what), escape(then), f"{step:,}"])
     text += table("Events, as numbered in the pictures", ["No.", "Event", "Phase then", "Step"], rows, left=3)
+    if happened[200:]:
+      text += f"<p>{counted(len(happened) - 200, 'later event')} not listed.</p>"
   return text
 
 

@@ -45,7 +45,7 @@ def init_phase(groups: int) -> PhaseState:
 def step_phase(
   state: PhaseState, ratio: jax.Array, enter: jax.Array, leave: jax.Array, full: jax.Array, window: int
 ) -> PhaseState:
-  """One row later: `ratio` [G] against the thresholds for entering and leaving an edge; nothing until `full`."""
+  """One row later: `ratio` [G] against the thresholds for entering and leaving an edge; WARMUP where not `full`."""
   settle = max(2, window // 3)
   age = state.age + 1
   growth = jnp.where(state.previous > 0, ratio - state.previous, 0)
@@ -90,4 +90,4 @@ def step_phase(
     jitter=jitter,
     age=jnp.where(changed, 0, age),
   )
-  return jax.tree.map(lambda a, b: jnp.where(full, a, b), new, state)
+  return jax.tree.map(lambda x: jnp.where(full, x, 0), new)

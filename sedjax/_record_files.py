@@ -89,7 +89,7 @@ def existing_layout(path: Path, contents: _journal.Contents | None) -> dict[str,
     return None
   stored = open_file(path)
   stored.file.close()
-  return layout_of(stored)
+  return layout_of(stored) | {"attrs": dict(stored.others.attrs)}
 
 
 def rows_of(file: Any, contents: _journal.Contents, empty: xr.Dataset) -> Any:

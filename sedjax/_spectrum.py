@@ -149,7 +149,9 @@ def report_window(
   inverse_dim = share((energy / jnp.maximum(newest.dims, 1)).sum(-1))
   dims = jnp.where(some, 1 / jnp.where(inverse_dim > 0, inverse_dim, 1), 0)
   k_star, top, ambiguous = find_edge(ratios, k_max, dims, exact)
-  usable = full & some
+  # A row of zeros, as of a group that is frozen, is no motion; ratios among the others would be those of fewer rows.
+  moved = jnp.all(newest.scale > 0, -1)
+  usable = full & moved
   enter, leave = _noise_thresholds(window, momentum, every, dims)
 
   def at_edge(table: jax.Array) -> jax.Array:
@@ -176,7 +178,7 @@ def report_window(
   present = jnp.arange(window, dtype=jnp.int32) < filled
   partial = jnp.any(present & (newest.steps != every))
   bits = (
-    jnp.where(full, 0, int(Status.WINDOW_FILLING))
+    jnp.where(usable, 0, int(Status.WINDOW_FILLING))
     + jnp.where(usable & (sigma[:, -1] < sigma[:, 0] * FLOOR), int(Status.BELOW_FLOOR), 0)
     + jnp.where(some & (dims < LOW_DIM) & (not exact), int(Status.LOW_EFFECTIVE_DIM), 0)
     + jnp.where(partial, int(Status.PARTIAL_ROW), 0)

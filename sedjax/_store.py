@@ -245,6 +245,7 @@ def write_record(record: xr.Dataset, out: Path, series: list[Entry]) -> bool:
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
+      _netcdf.check_room(new, record.nbytes)
       _netcdf.write_new(new, record)
       _netcdf.replace_file(new, path)
     finally:

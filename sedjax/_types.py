@@ -13,7 +13,7 @@ class Phase(enum.IntEnum):
   """Where the gap ratio of a window stands, told row by row, without hindsight.
 
   Attributes:
-    WARMUP: the window is not full.
+    WARMUP: the window is not full, or the group did not move in some of its rows.
     NO_EDGE: the ratio is within what noise shows.
     RISE: it exceeds that (`Report.null_ratio`), and grows.
     PLATEAU: it grows no longer, and is at least 0.85 of its peak.
@@ -31,7 +31,7 @@ class Status(enum.IntFlag):
   """What a reader of a report should know, as bits; `explain` puts each into words.
 
   Attributes:
-    WINDOW_FILLING: there are fewer rows than the window holds.
+    WINDOW_FILLING: there are fewer rows than the window holds, or the group did not move in some of them.
     BELOW_FLOOR: some singular values are below the largest / 300, what float32 resolves.
     LOW_EFFECTIVE_DIM: the sketch's effective dimension is under 2000.
     PARTIAL_ROW: a row of the window holds another number of steps than `every`.
@@ -56,7 +56,8 @@ class Status(enum.IntFlag):
 
 
 _WORDS = {
-  Status.WINDOW_FILLING: "The window is still filling: k_star is 0 and the spectrum is that of the rows so far.",
+  Status.WINDOW_FILLING: "The window is still filling, or this group did not move in some of its rows: k_star is 0 and "
+  "the spectrum is that of the rows so far.",
   Status.BELOW_FLOOR: "Some singular values are below the float32 floor (largest / 300); a ratio that ends there is a "
   "lower bound, and ratios that begin there are left out.",
   Status.LOW_EFFECTIVE_DIM: "The sketch's effective dimension is under 2000: few buckets carry the energy (hot "
@@ -78,7 +79,7 @@ class Report(NamedTuple):
 
   All fields may carry leading axes (seeds, history). Lengths are in the parameters' own unit. While the window fills,
   `k_star`, `gap_ratio`, `null_ratio` and `turning` are 0, and all else is that of the rows so far; before the first row
-  everything is 0.
+  everything is 0. A window in which a group has rows of zeros, as when it is frozen, is not full for that group.
 
   Attributes:
     singular_values: float32[W], descending, of the window's rows; 0 for rows not yet there.

@@ -57,7 +57,7 @@ def warnings(facts: Facts) -> list[tuple[str, str]]:
     where = f" In {percent(here, total)} of the reports of {facts.whole}." if here else ""
     if not here:
       where = f" Not in {facts.whole}, but in {_places(facts, counts > 0)}."
-    elif len(facts.groups) > 1 and 0 < (counts > 0).sum() < counts.size:
+    elif len(facts.groups) > 1 and 1 < (counts > 0).sum() < counts.size:
       where = f"{where[:-1]}, and in {int((counts > 0).sum()) - 1} of the other windows and groups."
     skipped = {Status.NONFINITE_SKIPPED: "skipped_nonfinite", Status.ZERO_SKIPPED: "skipped_zero"}.get(bit)
     if skipped in facts.chosen and here:

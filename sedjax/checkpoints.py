@@ -121,6 +121,10 @@ def analyze(
     gaps = collections.Counter(two.step - one.step for one, two in itertools.pairwise(series))
     every = gaps.most_common(1)[0][0] if gaps else 1
   config = _config(window, every, k_max, sketch, group_function(groups), "updates", momentum)
+  if len(series) == 1 and os.path.isdir(series[0].file):
+    raise CheckpointError(
+      f"sedjax analyze: {series[0].file} is one folder; give a series of checkpoints, as by {series[0].file + '/*'!r}."
+    )
   if len(series) == 1:
     raise CheckpointError(
       f"sedjax analyze: {series[0].file} is one file alone; give a series of checkpoints, as by a pattern in quotes."
@@ -147,7 +151,8 @@ def analyze(
       written = write_record(_record(series, selection, found), out, series)
     where = os.fspath(out) if written else f"{store.folder}, and {os.fspath(out)} is left as it was"
     raise CheckpointError(
-      f"{error} The rows up to step {series[found[-1][0]].step} are kept in {where}; run it again to go on."
+      f"{error} The rows up to step {series[found[-1][0]].step} are kept in {where}; mend that and run it again to go "
+      "on."
     ) from error
   else:
     record = _record(series, selection, found)

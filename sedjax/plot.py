@@ -175,7 +175,7 @@ def against_null(
   top = _drawing.band(ax, steps, _plot_data.margin(chosen), "gap ratio / noise")
   ax.axhline(1, color="black", lw=1, ls=(0, (1, 1.5)), label="as much as noise")
   low, high = ax.get_ylim()
-  low = min(low, 0.9)
+  low = min(low if low > 0 else 0.9, 0.9)  # a linear axis may begin below 0
   ax.axhspan(low / 10, 1, fc="#EEEEEE", ec=_drawing.HATCH, hatch="..", lw=0, zorder=0, label="within noise")
   _drawing.ratio_axis(ax, max(top, high), low=low)
   _drawing.finish(ax, record, None)

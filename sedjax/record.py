@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import functools
 import json
+import os
 import queue
 import threading
 import warnings
@@ -127,7 +128,8 @@ class Recorder:
     name: str | None = None,
   ):
     needs_io()
-    self.path = Path(path)
+    self.path = Path(path).absolute()  # wherever the program goes
+    self._process = os.getpid()
     try:
       self._config = core.Config(**{k: v for k, v in (tracker or {}).items() if k not in ("name", "axis_name")})
     except TypeError:
@@ -161,6 +163,13 @@ class Recorder:
       if self._seeds is not None:
         known["seeds"] = self._seeds
       self._must_continue(known)
+      attrs = self._layout["attrs"] if self._layout else {}
+      for option in ("every", "source") if self._tracked else ():
+        if attrs.get(option, own := getattr(self._config, option)) != own:
+          raise ValueError(
+            f"sedjax.record: cannot continue {self.path}: its {option}, {attrs[option]}, is not this run's, {own}; "
+            "give this run a new file."
+          )
     except BaseException:
       self._journal.abandon()
       raise
@@ -232,7 +241,7 @@ class Recorder:
       self._put(f"the series of step {step}", functools.partial(self._write_series, step, scalars))
 
   def event(self, step: int, text: str) -> None:
-    """Records that something happened, such as a shift of the data.
+    """Records that something happened, such as a shift of the data; the same text at the same step counts once.
 
     Raises:
       RuntimeError: something recorded earlier could not be written.
@@ -267,7 +276,7 @@ class Recorder:
     Warns:
       RuntimeWarning: series or events were recorded, but never a row, so that there is no record to keep them.
     """
-    if self._closed:
+    if self._closed or os.getpid() != self._process:  # a forked process has a copy, and its parent goes on
       return
     if not self._closing:
       self._closing = True
@@ -301,6 +310,8 @@ class Recorder:
   # ---- on the caller's thread ----
 
   def _raise(self) -> None:
+    if os.getpid() != self._process:
+      raise RuntimeError(f"sedjax.record: a forked process cannot record to {self.path}; its parent does.")
     if self._error is not None:
       what, error = self._error
       why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -445,6 +456,12 @@ class Recorder:
       names = [storable(text) for text in core.group_names(labels)]
       groups = [WHOLE, *(f"group {name}" if name == WHOLE else name for name in names[1:])]
       sketch_id = np.reshape(map_id, (-1, map_id.shape[-1]))[0].tolist()
+      told = list(self._config.sketch.sketch_id)
+      if self._tracked and sketch_id[: len(told)] != told:
+        raise ValueError(
+          f"the state's sketch (kind, version, seed, dim) is {sketch_id[: len(told)]}, tracker= says {told}; pass the "
+          "arguments that track_spectral_edge was given"
+        )
     elif self._tracked:
       sketch_id = list(self._config.sketch.sketch_id)
     shape = np.shape(host.k_star)

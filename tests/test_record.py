@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -366,6 +367,42 @@ def test_an_interrupted_close_can_be_called_again(tmp_path, monkeypatch):
   assert steps_of(tmp_path / "run.nc") == [0]
 
 
+def test_a_forked_process_leaves_the_record_alone(tmp_path):
+  """Its copies of the recorder and of the program's exit would take the journal from its parent."""
+  code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from test_record import recorder_of, report_of
+recorder = recorder_of({str(tmp_path / "run.nc")!r})
+recorder.append(0, report_of(0))
+recorder.flush()
+for end in (recorder.close, lambda: recorder.append(5, report_of(5)), recorder.flush):  # close is also what its exit calls
+  if not (child := os.fork()):
+    try:
+      end()
+    except RuntimeError as error:
+      os._exit(9 * ("a forked process cannot record" in str(error)))
+    os._exit(8)
+  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+recorder.append(1, report_of(1))
+recorder.close()
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.split() == ["8", "9", "9"]
+  assert steps_of(tmp_path / "run.nc") == [0, 1]
+
+
+def test_another_working_directory(tmp_path, monkeypatch):
+  (tmp_path / "elsewhere").mkdir()
+  monkeypatch.chdir(tmp_path)
+  recorder = recorder_of("run.nc")
+  monkeypatch.chdir(tmp_path / "elsewhere")
+  recorder.append(0, report_of(0))
+  recorder.close()
+  assert steps_of(tmp_path / "run.nc") == [0]
+
+
 def test_a_group_named_all_is_not_the_whole_model(tmp_path):
   tx = sedjax.track_spectral_edge(3, groups=lambda _: "all")
   with Recorder(tmp_path / "run.nc") as recorder:
@@ -696,6 +733,19 @@ def test_no_room_for_the_file(tmp_path, monkeypatch):
   assert steps_of(path) == [0, 1, 2, 3, 4]
 
 
+def test_a_disk_that_may_be_too_full_is_told_before_hdf5_finds_out(tmp_path, monkeypatch):
+  path = tmp_path / "run.nc"
+  recorder = recorder_of(path)
+  recorder.append(0, report_of(0))
+  with monkeypatch.context() as context:
+    context.setattr(_netcdf.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=100_000))
+    with pytest.raises(RuntimeError, match=r"could not be made .*no space left on the disk: it may need [\d,]+ bytes"):
+      recorder.close()
+  assert os.listdir(tmp_path) == ["run.nc.journal"]
+  record_numbers(path, [1])
+  assert steps_of(path) == [0, 1]
+
+
 def kill_writers(folder, kills, seed):
   command = [sys.executable, "tests/record_worker.py", str(folder), str(kills), str(seed)]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=380, check=False)
@@ -875,6 +925,30 @@ def test_a_state_of_another_run_is_refused_at_once(tmp_path, tracker, vmapped, w
   with Recorder(path) as recorder, pytest.raises(ValueError, match=words):
     recorder.append(3, init(jnp.arange(2)))
   assert steps_of(path) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(("name", "value"), [("every", 7), ("source", "params")])
+def test_rows_of_another_rhythm_or_source_are_refused(tmp_path, finished, name, value):
+  path, options = tmp_path / "run.nc", {"window": (3, 5)}
+  with Recorder(path, tracker=options, windows=(3, 5), groups=("all", "head")) as recorder:
+    recorder.append(0, report_of(0))
+    recorder.flush()
+    shutil.copyfile(journal_of(path), tmp_path / "kept")
+  if not finished:
+    path.unlink()
+    os.replace(tmp_path / "kept", journal_of(path))
+  with pytest.raises(ValueError, match=f"its {name}, .*, is not this run's, {value}; give this run a new file"):
+    Recorder(path, tracker={**options, name: value})
+  Recorder(path, tracker=options).close()
+
+
+def test_a_sketch_that_is_not_the_states_is_refused(tmp_path):
+  tx = sedjax.track_spectral_edge(3)
+  recorder = Recorder(tmp_path / "run.nc", tracker={"window": 3, "sketch": sedjax.sketch.exact()})
+  recorder.append(0, tx.init({"w": jnp.ones(3)}))
+  with pytest.raises(RuntimeError, match=r"the state's sketch .* is \[0, 2, 0, 16384\], tracker= says"):
+    recorder.close()
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,27 @@ def test_while_the_window_fills_reports_are_of_the_rows_so_far():
       assert not getattr(report, name)
 
 
+def test_a_group_that_is_frozen_has_no_edge():
+  """Rows of zeros beside others leave fewer directions than rows, at whose end any ratio is without bounds."""
+  config = sedjax.core.Config(4, groups=lambda path: path)
+  rows = {
+    name: jax.random.normal(key, (20, 60)) for name, key in zip("ab", jax.random.split(jax.random.key(0)), strict=True)
+  }
+  rows["b"] = rows["b"].at[8:14].set(0)  # frozen, then not
+
+  def step(state, row):
+    state = sedjax.core.observe(config, state, row)
+    return state, sedjax.core.report(state, group="b")
+
+  state = sedjax.core.init(config, jax.tree.map(lambda x: x[0], rows))
+  reports = jax.jit(lambda: jax.lax.scan(step, state, rows)[1])()
+  full = np.asarray([3 <= i < 8 or i >= 17 for i in range(20)])
+  assert np.array_equal(reports.k_star > 0, full)
+  assert np.array_equal(reports.gap_ratio > 0, full)
+  assert np.array_equal(reports.phase != sedjax.Phase.WARMUP, full)
+  assert np.array_equal(reports.status & sedjax.Status.WINDOW_FILLING == 0, full)
+
+
 @pytest.mark.parametrize("make", [sedjax.sketch.exact, sedjax.sketch.count])
 def test_rank_one_and_zeros(make):
   rows = np.ones((6, 1)) * np.random.default_rng(0).normal(size=(1, 400))
