@@ -376,7 +376,7 @@ from test_record import recorder_of, report_of
 recorder = recorder_of({str(tmp_path / "run.nc")!r})
 recorder.append(0, report_of(0))
 recorder.flush()
-for end in (recorder.close, lambda: recorder.append(5, report_of(5)), recorder.flush):  # close is also what its exit calls
+for end in (recorder.close, lambda: recorder.append(5, report_of(5)), recorder.flush):  # its exit closes, too
   if not (child := os.fork()):
     try:
       end()
