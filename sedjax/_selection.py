@@ -323,8 +323,8 @@ def left_out_lines(selection: Selection) -> list[str]:
   return _summary((path, shape, why) for path, (shape, why) in selection.left_out.items())
 
 
-def say_what_is_read(series: list[Entry], selection: Selection) -> None:
-  """Prints what is taken and what is left out, which the user has to see."""
+def say_what_is_read(series: list[Entry], selection: Selection, patterns: Iterable[str]) -> None:
+  """Prints what is taken and what is left out, which the user has to see, and patterns that fit no tensor."""
   numbers = sum(leaf.info.size for leaf in selection.leaves)
   lines = [
     f"{len(series)} checkpoints, steps {series[0].step} to {series[-1].step}",
@@ -333,4 +333,6 @@ def say_what_is_read(series: list[Entry], selection: Selection) -> None:
     f"left out: {len(selection.left_out) or 'nothing'}",
     *(f"  {line}" for line in left_out_lines(selection)),
   ]
+  paths = [*selection.tree, *selection.left_out]
+  lines += [f"no tensor fits {pattern!r}" for pattern in patterns if not any(re.search(pattern, x) for x in paths)]
   print("\n".join(lines), file=sys.stderr)

@@ -136,7 +136,7 @@ def analyze(
       "or a smaller window."
     )
   selection = select(series, config, _compiled(rename, transpose), transpose)
-  say_what_is_read(series, selection)
+  say_what_is_read(series, selection, [*(groups if isinstance(groups, Mapping) else ()), *filter(None, [transpose])])
   store = Store(out, identity_of(series, selection, config.exact))
   found: list[tuple[int, Report]] = []
   try:

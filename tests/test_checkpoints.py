@@ -341,6 +341,16 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, series, mon
     checkpoints.analyze(files, window=3, progress=False)
 
 
+@pytest.mark.parametrize("sketch", [None, sedjax.sketch.exact()])
+def test_a_run_that_stands_still_at_its_end(tmp_path, series, sketch):
+  moving = len(series) - 1
+  files = write(tmp_path, [*series, *[series[-1]] * 12])
+  found = checkpoints.analyze(files, window=3, sketch=sketch, progress=False).isel(seed=0, group=0, window=0)
+  assert found["count"].values.tolist() == [*range(1, moving + 1), *[moving] * 12]
+  assert found.skipped_zero.values.tolist() == [*[0] * moving, *range(1, 13)]
+  assert np.all(found.singular_values.values[moving:] == found.singular_values.values[moving - 1])
+
+
 def test_float8_of_torch(tmp_path):
   torch = pytest.importorskip("torch")
   rng = np.random.default_rng(0)
@@ -960,8 +970,12 @@ def test_command(tmp_path, files, record, capsys):
   assert "taken: 4 tensors" in printed.err
   with xr.open_dataset(out, engine="h5netcdf") as found:
     assert_same(found, record)
-  assert command(files, "-o", out, "--window", "3", "--sketch", "exact", "--leave-out", "emb") == 0
-  assert "emb [130, 24]: groups leaves it out" in capsys.readouterr().err
+  assert (
+    command(files, "-o", out, "--window", "3", "--sketch", "exact", "--leave-out", "emb", "--transpose", "typo") == 0
+  )
+  printed = capsys.readouterr().err
+  assert "emb [130, 24]: groups leaves it out" in printed
+  assert [line for line in printed.splitlines() if "no tensor fits" in line] == ["no tensor fits 'typo'"]
   for words in (
     [tmp_path / "none*", "-o", out],
     [files, "-o", out, "--window", "x"],
