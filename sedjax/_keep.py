@@ -21,6 +21,7 @@ from jax.core import Tracer
 
 from sedjax import _small
 from sedjax._count import shared_zero_of, zero_of
+from sedjax._late import with_promotion
 
 
 def _maker(x: Any) -> Any:
@@ -81,32 +82,61 @@ def _after_no_rounds(x: jax.Array, zero: jax.Array) -> jax.Array:
   return lax.while_loop(lambda carry: carry[0] < zero, one_more, (jnp.uint32(0), x))[1]
 
 
-@jax.custom_jvp
-def _stored(x: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
-  return _traced_stored(x, zero)
-
-
-@_stored.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-  return _stored(*primals), (tangents[0], tangents[0])
-
-
-def _stored_on_cpu(x: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _stored_on_cpu(x: jax.Array, zero: jax.Array) -> list[jax.Array]:
   if x.size <= _small.MOST or not _has_bits(x):
-    return x, x
+    return [x, x]
   # Both, since XLA on CPU makes no two arrays in one kernel: what is applied would be made again.
-  x = _after_no_rounds(x, zero)
-  return x, x
+  return [_after_no_rounds(x, jnp.max(zero))] * 2
 
 
-@functools.partial(jax.jit, inline=True)  # traced once for each shape
-def _traced_stored(x: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
-  return lax.platform_dependent(
-    x,
-    zero,
-    cpu=_stored_on_cpu,
-    default=lambda x, zero: (lax.optimization_barrier(x), x),  # noqa: ARG005
-  )
+def _stored_elsewhere(x: jax.Array, zero: jax.Array) -> list[jax.Array]:
+  del zero
+  return [lax.optimization_barrier(x), x]
+
+
+def _later(x: jax.Array, zero: jax.Array) -> list[jax.Array]:
+  return [_xor(x, zero.reshape(zero.shape + (1,) * (x.ndim - zero.ndim)))]
+
+
+@functools.cache
+def _passing(name: str) -> Any:
+  """A primitive that gives x itself, once for "later", twice for "stored", and whose derivatives are those of x.
+
+  A `jax.custom_jvp` would do, but for second derivatives through a `jax.lax.scan`, where JAX forgets its rule.
+  """
+  from jax.extend.core import Primitive
+  from jax.interpreters import ad, batching, mlir
+
+  primitive = Primitive(f"sedjax_{name}")
+  primitive.multiple_results = True
+  copies = {"stored": 2, "later": 1}[name]
+
+  def differentiated(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    return primitive.bind(*primals), [tangents[0]] * copies
+
+  def batched(args: Any, axes: Any) -> tuple[Any, Any]:
+    (x, zero), (x_axis, zero_axis) = args, axes
+    zero = zero if zero_axis is None else jnp.moveaxis(zero, zero_axis, 0)
+    if x_axis is None:
+      x = jnp.broadcast_to(x, (zero.shape[0], *x.shape))
+    else:
+      x = jnp.moveaxis(x, x_axis, 0)
+      zero = zero[None] if zero_axis is None and zero.ndim else zero  # its axes are x's first ones
+    return primitive.bind(x, zero), [0] * copies
+
+  def lowering(form: Any) -> Any:
+    return mlir.lower_fun(with_promotion(jax.jit(form, inline=True)), multiple_results=True)  # traced once a shape
+
+  primitive.def_impl(lambda x, zero: [x] * copies)  # noqa: ARG005 - where jit is disabled
+  primitive.def_abstract_eval(lambda x, zero: [x] * copies)  # noqa: ARG005
+  ad.primitive_jvps[primitive] = differentiated
+  batching.primitive_batchers[primitive] = batched
+  if name == "stored":
+    mlir.register_lowering(primitive, lowering(_stored_on_cpu), platform="cpu")
+    mlir.register_lowering(primitive, lowering(_stored_elsewhere))
+  else:
+    mlir.register_lowering(primitive, lowering(_later))
+  return primitive
 
 
 def stored(updates: list[Any], state: jax.Array) -> tuple[list[Any], list[Any]]:
@@ -119,18 +149,8 @@ def stored(updates: list[Any], state: jax.Array) -> tuple[list[Any], list[Any]]:
   if not any(map(_made_here, updates)):
     return updates, updates
   zero = shared_zero_of(state)  # one for all seeds: else vmap would select in each round of the loop
-  pairs = [_stored(x, zero) if _made_here(x) else (x, x) for x in updates]
+  pairs = [_passing("stored").bind(x, lax.stop_gradient(zero)) if _made_here(x) else (x, x) for x in updates]
   return [seen for seen, _ in pairs], [passed for _, passed in pairs]
-
-
-@jax.custom_jvp
-def _later(x: jax.Array, zero: jax.Array) -> jax.Array:
-  return _xor(x, zero)
-
-
-@_later.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-  return _later(*primals), tangents[0]
 
 
 def later(updates: list[Any], state: jax.Array) -> list[Any]:
@@ -143,5 +163,5 @@ def later(updates: list[Any], state: jax.Array) -> list[Any]:
   waits = [_made_here(x) and _has_bits(x) for x in updates]
   if not any(waits):
     return updates
-  zero = zero_of(state)
-  return [_later(x, zero) if wait else x for x, wait in zip(updates, waits, strict=True)]
+  zero = zero_of(lax.stop_gradient(state))
+  return [_passing("later").bind(x, zero)[0] if wait else x for x, wait in zip(updates, waits, strict=True)]

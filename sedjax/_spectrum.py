@@ -41,7 +41,7 @@ def ratios_of(singular_values: jax.Array) -> jax.Array:
   """float32[..., W - 1]: consecutive ratios, divisors no smaller than the floor, 0 where one begins below it."""
   floor = singular_values[..., :1] * FLOOR
   above, below = singular_values[..., :-1], singular_values[..., 1:]
-  return jnp.where((above >= floor) & (above > 0), above / jnp.maximum(jnp.maximum(below, floor), 1e-38), 0)
+  return jnp.where((above >= floor) & (above > 0), above / jnp.maximum(jnp.maximum(below, floor), 2e-38), 0)
 
 
 def find_edge(ratios: jax.Array, k_max: int, dims: jax.Array, exact: bool) -> tuple[jax.Array, jax.Array, jax.Array]:

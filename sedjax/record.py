@@ -163,11 +163,11 @@ class Recorder:
       if self._seeds is not None:
         known["seeds"] = self._seeds
       self._must_continue(known)
-      attrs = self._layout["attrs"] if self._layout else {}
+      before: Mapping[str, Any] = self._layout["attrs"] if self._layout else {}
       for option in ("every", "source") if self._tracked else ():
-        if attrs.get(option, own := getattr(self._config, option)) != own:
+        if before.get(option, own := getattr(self._config, option)) != own:
           raise ValueError(
-            f"sedjax.record: cannot continue {self.path}: its {option}, {attrs[option]}, is not this run's, {own}; "
+            f"sedjax.record: cannot continue {self.path}: its {option}, {before[option]}, is not this run's, {own}; "
             "give this run a new file."
           )
     except BaseException:

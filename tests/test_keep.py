@@ -203,6 +203,30 @@ def test_no_seed_at_all(sketch):
 
 
 @pytest.mark.parametrize("source", ["updates", "params"])
+@pytest.mark.parametrize("remat", [False, True])
+def test_second_derivatives_pass_through_a_scan(source, remat):
+  """There JAX forgets the rule of a `custom_jvp`."""
+  start = {"w": jnp.linspace(-1, 1, 6000).reshape(60, 100)}
+
+  def curvature(tx):
+    def loss_after(rate):
+      def body(carry, _):
+        params, state = carry
+        gradients = jax.grad(lambda p: jnp.sum((p["w"] - 0.3) ** 4))(params)
+        updates, state = tx.update(gradients, state, params)
+        return (jax.tree.map(lambda p, u: p - rate * u, params, updates), state), None
+
+      steps = jax.checkpoint(body) if remat else body
+      (params, _), _ = jax.lax.scan(steps, (start, tx.init(start)), None, 3)
+      return jnp.sum(params["w"] ** 2)
+
+    return jax.jit(jax.grad(jax.grad(loss_after)))(0.01), jax.jit(jax.hessian(loss_after))(0.01)
+
+  tracked = curvature(optax.chain(optax.scale(1.5), sedjax.track_spectral_edge(3, source=source)))
+  np.testing.assert_allclose(tracked, curvature(optax.scale(1.5)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["updates", "params"])
 def test_derivatives_pass(source):
   """Forwards and backwards, of what an optimizer makes within the same program."""
   tx = optax.chain(optax.sgd(0.5), sedjax.track_spectral_edge(3, source=source))

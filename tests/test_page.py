@@ -186,7 +186,8 @@ def test_events_and_series_beyond_the_record(made):
   text = words(_page.make_page(far))
   assert "data shift before the first row 3" in text
   assert "learning rate halved after the last row 1,000,000" in text
-  assert "accuracy: 3 values, least 0.4, greatest 0.4, at the end 0.4." in text
+  assert "accuracy: 3 values, least 0.4, greatest 0.4, at the end 0.4, at step" in text
+  assert "; after it 1 value, none finite." in text
 
 
 @pytest.mark.parametrize("case", ["one row", "never full", "one seed", "no series", "all NaN", "no attributes"])
