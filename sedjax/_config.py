@@ -63,6 +63,13 @@ class Config:
         f"track_spectral_edge: groups must be None or a function from a path string to a label, got {self.groups!r}. "
         + _STATIC
       )
+    try:
+      hash(self.groups)
+    except TypeError:
+      raise ValueError(
+        f"track_spectral_edge: groups must be hashable, since JAX compiles once for each, got {self.groups!r}; give a "
+        "function, or its class a __hash__ (a frozen dataclass has one)."
+      ) from None
     if self.source not in ("updates", "params"):
       raise ValueError(f"track_spectral_edge: source must be 'updates' or 'params', got {self.source!r}.")
     momentum = self.momentum

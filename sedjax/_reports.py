@@ -46,15 +46,23 @@ def _window_index(state: TrackerState, window: int | None) -> int:
   return len(sizes) - 1 if window is None else sizes.index(window)
 
 
-def _group_index(state: TrackerState, group: Hashable | None) -> int | jax.Array:
+def _group_index(state: TrackerState, group: Hashable | None) -> Any:
+  index = _place_of(state, group)
+  # Outside of jit the transfer is made in so many words, since `jax.transfer_guard` may forbid others.
+  return index if isinstance(state.labels, Tracer) else jax.device_put(np.int32(index))
+
+
+def _place_of(state: TrackerState, group: Hashable | None) -> int | jax.Array:
   if group is None:
     return 0
-  labels = state.labels.reshape(-1, *state.labels.shape[-2:])[0, 1:]
+  traced = isinstance(state.labels, Tracer)
+  labels = state.labels if traced else jax.device_get(state.labels)
+  labels = labels.reshape(-1, *labels.shape[-2:])[0, 1:]
   wanted = encode_label(group)
-  if isinstance(labels, Tracer) and labels.shape[0]:
+  if traced and labels.shape[0]:
     same = jnp.all(labels == wanted, -1)
     return jnp.where(jnp.any(same), 1 + jnp.argmax(same), -1)
-  known = [] if isinstance(labels, Tracer) else [tuple(words) for words in np.asarray(labels)]
+  known = [] if traced else [tuple(words) for words in labels]
   if tuple(wanted) not in known:
     names = ", ".join(repr(decode_label(words)) for words in known) or "none, since the tracker has no `groups`"
     raise ValueError(f"sedjax: there is no group {group!r}; groups: {names}.")

@@ -316,7 +316,7 @@ def _check_step(step: Any) -> None:
   if isinstance(step, int) and not isinstance(step, bool):
     fits = abs(step) <= _INT_MAX
   else:
-    fits = dtype is not None and shape == () and jnp.issubdtype(dtype, jnp.integer)
+    fits = dtype is not None and shape == () and jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize >= 4
   if not fits:
     given = repr(step) if dtype is None else f"{dtype}{list(shape or ())}"
     raise ValueError(

@@ -255,7 +255,8 @@ def exact() -> Exact:
   Returns:
     A hashable sketch object with `dim` 0.
 
-  Cost: memory of W + 1 copies of the parameters, and each row that is pushed reads all of them.
+  Cost: memory of W + 1 copies of the parameters, and each row that is pushed reads all of them, with
+    temporaries several times as large on a CPU; `sedjax.check_cost` says how large.
 
   Example:
     >>> import sedjax

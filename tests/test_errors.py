@@ -1,5 +1,6 @@
 """Bad input: one sentence that names the argument, what was given, what is accepted and what to do."""
 
+import dataclasses
 import functools
 
 import jax
@@ -73,6 +74,20 @@ def test_group_functions(groups, words):
     track(groups=groups).init(PARAMS)
 
 
+def test_group_functions_that_jax_cannot_tell_apart():
+  @dataclasses.dataclass
+  class ByName:
+    depth: int = 1
+
+    def __call__(self, path):
+      return path
+
+  with pytest.raises(ValueError, match=r"groups must be hashable, since JAX compiles once for each, got .*ByName"):
+    track(groups=ByName())
+  ByName.__hash__ = lambda self: self.depth
+  track(groups=ByName()).init(PARAMS)
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_params_are_needed(jit):
   tx = track(source="params")
@@ -81,7 +96,9 @@ def test_params_are_needed(jit):
     update(PARAMS, tx.init(PARAMS))
 
 
-@pytest.mark.parametrize("step", [1.5, True, "a", 2**40, jnp.float32(1), jnp.zeros(1, jnp.int32)], ids=str)
+@pytest.mark.parametrize(
+  "step", [1.5, True, "a", 2**40, jnp.float32(1), jnp.zeros(1, jnp.int32), jnp.uint8(1)], ids=str
+)
 @pytest.mark.parametrize("source", ["updates", "params"])
 def test_steps_that_are_no_integers(step, source):
   tx = track(source=source)

@@ -535,3 +535,12 @@ def test_integers_of_which_an_optimizer_makes_floats(optimizer):
   np.testing.assert_allclose(found.last_update_norm, wanted.last_update_norm, rtol=1e-5)
   # Adam's updates are alike, so that smaller singular values are rounding.
   np.testing.assert_allclose(found.singular_values, wanted.singular_values, rtol=1e-5, atol=1e-3)
+
+
+def test_reports_are_read_without_a_transfer_that_is_not_asked_for():
+  tx = sedjax.track_spectral_edge(3, groups=lambda path: path, history=2)
+  state = jax.jit(tx.update)({"w": jnp.ones(3)}, tx.init({"w": jnp.ones(3)}))[1]
+  with jax.transfer_guard("disallow"):
+    reports = [sedjax.get_report(state), sedjax.get_report(state, group="w"), sedjax.get_reports(state)]
+    reports.append(sedjax.get_history(state, group="w"))
+  assert all(np.all(report.count.max() == 1) for report in reports)
