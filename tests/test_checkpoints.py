@@ -1280,7 +1280,7 @@ def test_fewer_rows_do_not_take_the_place_of_more(tmp_path):
   whole = checkpoints.analyze(files, window=3, out=out)
   good = (tmp_path / "a" / "step_20.npz").read_bytes()
   (tmp_path / "a" / "step_20.npz").write_bytes(b"nothing")
-  message = r"rows up to step 15 are kept in .*run\.nc\.part, and .*run\.nc is left as it was; mend that and run it again"
+  message = r"rows up to step 15 are kept in .*run\.nc\.part, and .*run\.nc is left as it was; mend that and run it"
   with pytest.raises(checkpoints.CheckpointError, match=message):
     checkpoints.analyze(files, window=4, out=out)
   assert_same(written(out), whole)
