@@ -47,6 +47,7 @@ def load_matplotlib() -> Any:
 
 
 def axes(ax: Any) -> Any:
+  """The axes that were given, or those of a new figure."""
   load_matplotlib()
   if ax is not None:
     return ax
@@ -56,6 +57,7 @@ def axes(ax: Any) -> Any:
 
 
 def line(ax: Any, steps: np.ndarray, values: np.ndarray, **kwargs: Any) -> None:
+  """Draws values [n] over steps, thinned to the pixels that there are; NaN parts the line."""
   x, y = _plot_data.thin(steps, values, _plot_data.pixels(ax))
   alone = np.isfinite(y) & ~np.isfinite(np.append(y[1:], np.nan)) & ~np.isfinite(np.insert(y[:-1], 0, np.nan))
   ax.plot(x, y, **kwargs)
@@ -157,7 +159,8 @@ def log_ticks(axis: Any, low: float, high: float) -> None:
 
 
 def ratio_axis(ax: Any, *tops: float, low: float = 0.97) -> None:
-  top, low = 1.08 * max(1.05, *tops), max(low, 0.5)  # a ratio of 0, of rows of zeros, is below any axis
+  """Makes the vertical axis one of ratios, from `low` to somewhat above the largest of `tops`."""
+  top = 1.08 * max(1.05, *tops)
   ax.set_yscale("log")
   ax.set_ylim(low, top)
   _ratio_ticks(ax.yaxis, low, top)
@@ -169,6 +172,7 @@ def error_of(dim: Any) -> np.ndarray:
 
 
 def error_of_inverse(error: Any) -> np.ndarray:
+  """The effective dimension at which a ratio has this standard error in %."""
   return (100 / np.maximum(error, 1e-9)) ** 2
 
 
@@ -202,6 +206,7 @@ def apart(names: list[str]) -> list[str]:
 
 
 def short(name: str, length: int = 28) -> str:
+  """A name of at most so many characters, without its middle if it is longer."""
   return _plain(name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}")
 
 

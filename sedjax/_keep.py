@@ -149,7 +149,7 @@ def stored(updates: list[Any], state: jax.Array) -> tuple[list[Any], list[Any]]:
   if not any(map(_made_here, updates)):
     return updates, updates
   zero = shared_zero_of(state)  # one for all seeds: else vmap would select in each round of the loop
-  pairs = [_passing("stored").bind(x, lax.stop_gradient(zero)) if _made_here(x) else (x, x) for x in updates]
+  pairs = [_passing("stored").bind(x, zero) if _made_here(x) else (x, x) for x in updates]
   return [seen for seen, _ in pairs], [passed for _, passed in pairs]
 
 

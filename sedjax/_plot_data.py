@@ -107,6 +107,7 @@ def median(columns: np.ndarray) -> np.ndarray:
 
 
 def pixels(ax: Any) -> int:
+  """How many pixels wide axes are, at least 100."""
   return max(100, int(ax.get_window_extent().width))
 
 
@@ -120,6 +121,7 @@ def bins(steps: np.ndarray, count: int) -> np.ndarray:
 
 
 def middles(steps: np.ndarray, starts: np.ndarray) -> np.ndarray:
+  """The step in the middle of each bin."""
   ends = np.append(starts[1:], len(steps)) - 1
   return (steps[starts] + steps[ends]) / 2
 

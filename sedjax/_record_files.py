@@ -168,6 +168,11 @@ def open_record(path: str | Path) -> xr.Dataset:
 
 
 def needs_io() -> None:
+  """Refuses to go on without the extra's packages.
+
+  Raises:
+    ImportError: they are missing; the message names the extra.
+  """
   try:
     import h5netcdf  # noqa: F401
     import xarray  # noqa: F401

@@ -148,7 +148,7 @@ def gap_ratio(
   _drawing.line(
     ax, steps, _plot_data.median(nulls), color="black", lw=1, ls=(0, (1, 1.5)), label="noise seldom exceeds"
   )
-  _drawing.ratio_axis(ax, top, np.nanmax(nulls, initial=1), low=min(0.97, 0.98 * np.nanmin(gaps, initial=1)))
+  _drawing.ratio_axis(ax, top, np.nanmax(nulls, initial=1), low=0.97 * np.min(gaps[gaps > 0], initial=1))
   return _drawing.finish(ax, record, "gap_ratio")
 
 
@@ -172,10 +172,11 @@ def against_null(
   chosen = _plot_data.choose(record, seed, window, group)
   steps, phases = _plot_data.read(chosen, "phase")
   _drawing.shade(ax, steps, phases, only=(Phase.WARMUP,))
-  top = _drawing.band(ax, steps, _plot_data.margin(chosen), "gap ratio / noise")
+  margins = _plot_data.margin(chosen)
+  top = _drawing.band(ax, steps, margins, "gap ratio / noise")
   ax.axhline(1, color="black", lw=1, ls=(0, (1, 1.5)), label="as much as noise")
-  low, high = ax.get_ylim()
-  low = min(low if low > 0 else 0.9, 0.9)  # a linear axis may begin below 0
+  high = ax.get_ylim()[1]
+  low = 0.95 * np.min(margins[margins > 0], initial=0.95)
   ax.axhspan(low / 10, 1, fc="#EEEEEE", ec=_drawing.HATCH, hatch="..", lw=0, zorder=0, label="within noise")
   _drawing.ratio_axis(ax, max(top, high), low=low)
   _drawing.finish(ax, record, None)
