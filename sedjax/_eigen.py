@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sedjax._late import devices_of, with_promotion
+from sedjax._primitives import devices_of, is_exported, lower, new_primitive, shaped
 
 # Nothing beside the largest entry of a Gram matrix of scaled rows, which is 1 or more.
 _TINY = np.float32(1e-30)
@@ -175,15 +175,9 @@ def _has_kernels() -> bool:
 @functools.cache
 def _primitive() -> Any:
   """`solve` of a batch, whose form is chosen when it is lowered for a GPU."""
-  from jax.core import ShapedArray
-  from jax.extend.core import Primitive
-  from jax.interpreters import batching, mlir
-
-  primitive = Primitive("sedjax_eigen")
-  primitive.multiple_results = True
 
   def results(grams: Any) -> tuple[Any, Any]:
-    like = ShapedArray(grams.shape[:-1], grams.dtype)
+    like = shaped(grams.shape[:-1], grams.dtype)
     return like, like
 
   def batched(args: Any, axes: Any) -> tuple[Any, Any]:
@@ -193,20 +187,19 @@ def _primitive() -> Any:
 
   def lowered(context: Any, grams: Any) -> Any:
     # jax.export promises nothing for kernels, and no partitioner knows them.
-    alone = devices_of(context) == 1 and not context.module_context.lowering_parameters.for_export
+    alone = devices_of(context) == 1 and not is_exported(context)
     fits = alone and context.avals_in[0].shape[-1] <= _LARGEST and _has_kernels()
     form = solve_in_kernel if fits else by_library
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", DeprecationWarning)  # of Triton, see `_has_kernels`
-      return mlir.lower_fun(with_promotion(form), multiple_results=True)(context, grams)
+      return lower(context, form, grams)
+
+  def library(context: Any, grams: Any) -> Any:
+    return lower(context, by_library, grams)
 
   # Programs that are exported for several platforms at once hold a rule for each, whether or not it is reached.
-  library = mlir.lower_fun(with_promotion(by_library), multiple_results=True)
-  primitive.def_impl(by_library)  # where jit is disabled
-  primitive.def_abstract_eval(results)
-  batching.primitive_batchers[primitive] = batched
-  mlir.register_lowering(primitive, library)
-  mlir.register_lowering(primitive, lowered, platform="cuda")
+  rules = {None: library, "cuda": lowered}
+  primitive = new_primitive("eigen", eager=by_library, results=results, batched=batched, lowered=rules)
   return primitive
 
 

@@ -17,22 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
 from sedjax import _small
 from sedjax._count import shared_zero_of, zero_of
-from sedjax._late import with_promotion
-
-
-def _maker(x: Any) -> Any:
-  """The operation, in the function that is traced, of which an array is a result; None for arguments and numbers."""
-  while isinstance(x, Tracer) and not hasattr(x, "parent"):
-    x = getattr(x, "val", getattr(x, "primal", None))  # of those that vmap and differentiation put around another
-  return getattr(x, "parent", None)
-
-
-def _made_here(x: Any) -> bool:
-  return _maker(x) is not None
+from sedjax._primitives import lower, maker, makers_before, new_primitive
 
 
 def ranks_of(arrays: Iterable[Any]) -> tuple[int, ...]:
@@ -49,7 +37,7 @@ def ranks_of(arrays: Iterable[Any]) -> tuple[int, ...]:
     waiting = [operation]  # instead of recursion, which is not deep enough
     while waiting:
       last = waiting[-1]
-      before = [each for each in map(_maker, getattr(last, "in_tracers", ())) if each is not None]
+      before = makers_before(last)
       unknown = [each for each in before if id(each) not in depths]
       waiting.extend(unknown)
       if not unknown:
@@ -57,9 +45,13 @@ def ranks_of(arrays: Iterable[Any]) -> tuple[int, ...]:
         waiting.pop()
     return depths[id(operation)]
 
-  found = [depth(_maker(x)) for x in arrays]
+  found = [depth(maker(x)) for x in arrays]
   ranks = {each: rank for rank, each in enumerate(sorted(set(found)))}
   return tuple(ranks[each] for each in found)
+
+
+def _made_here(x: Any) -> bool:
+  return maker(x) is not None
 
 
 def _has_bits(x: Any) -> bool:
@@ -104,12 +96,11 @@ def _passing(name: str) -> Any:
 
   A `jax.custom_jvp` would do, but for second derivatives through a `jax.lax.scan`, where JAX forgets its rule.
   """
-  from jax.extend.core import Primitive
-  from jax.interpreters import ad, batching, mlir
-
-  primitive = Primitive(f"sedjax_{name}")
-  primitive.multiple_results = True
   copies = {"stored": 2, "later": 1}[name]
+
+  def eager(x: Any, zero: Any) -> list[Any]:
+    del zero
+    return [x] * copies
 
   def differentiated(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return primitive.bind(*primals), [tangents[0]] * copies
@@ -125,17 +116,14 @@ def _passing(name: str) -> Any:
     return primitive.bind(x, zero), [0] * copies
 
   def lowering(form: Any) -> Any:
-    return mlir.lower_fun(with_promotion(jax.jit(form, inline=True)), multiple_results=True)  # traced once a shape
+    traced_once = jax.jit(form, inline=True)  # a shape
+    return lambda context, *args: lower(context, traced_once, *args)
 
-  primitive.def_impl(lambda x, zero: [x] * copies)  # noqa: ARG005 - where jit is disabled
-  primitive.def_abstract_eval(lambda x, zero: [x] * copies)  # noqa: ARG005
-  ad.primitive_jvps[primitive] = differentiated
-  batching.primitive_batchers[primitive] = batched
-  if name == "stored":
-    mlir.register_lowering(primitive, lowering(_stored_on_cpu), platform="cpu")
-    mlir.register_lowering(primitive, lowering(_stored_elsewhere))
-  else:
-    mlir.register_lowering(primitive, lowering(_later))
+  forms = {"stored": {"cpu": _stored_on_cpu, None: _stored_elsewhere}, "later": {None: _later}}[name]
+  lowered = {platform: lowering(form) for platform, form in forms.items()}
+  primitive = new_primitive(
+    name, eager=eager, results=eager, batched=batched, lowered=lowered, differentiated=differentiated
+  )
   return primitive
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from sedjax._late import with_promotion
 from sedjax._layout import decode_label, encode_label
+from sedjax._primitives import with_promotion
 from sedjax._state import (
   Parts,
   TrackerState,
