@@ -70,9 +70,10 @@ def _chunked_bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: A
 
   if whole <= 1:
     return _bucket_sums(piece, plan, most, part, grid)
-  total = sums(whole * size, x.shape[0] - whole * size) if x.shape[0] % size else jnp.zeros(())
-  shape = (plan.buckets, x.shape[-1])
-  return lax.fori_loop(0, whole, lambda i, total: total + sums(i * size, size), jnp.broadcast_to(total, shape))
+  # It begins with sums, not with zeros, which inside a shard_map would be of another type: alike on all devices.
+  rest = x.shape[0] % size
+  total = sums(whole * size, rest) if rest else sums(0, size)
+  return lax.fori_loop(0 if rest else 1, whole, lambda i, total: total + sums(i * size, size), total)
 
 
 def may_be_split(x: jax.Array) -> bool:

@@ -71,6 +71,19 @@ def on_mesh(tree: Any, mesh: Any) -> Any:
   return tree if mesh is None else jax.tree.map(put, tree)
 
 
+def varying_as(tree: Any, leaves: Sequence[Any]) -> Any:
+  """Arrays that inside a `jax.shard_map` may differ between devices wherever one of the leaves may.
+
+  There that is a part of types, which the carry of a loop has to keep.
+  """
+  manual = jax.sharding.AxisType.Manual
+  leaves = [leaf for leaf in leaves if isinstance(leaf, jax.Array) and manual in mesh_of(leaf).axis_types]
+  if not leaves:
+    return tree
+  zero = sum(jnp.zeros_like(leaf, jnp.int32, shape=()) for leaf in leaves)
+  return jax.tree.map(lambda x: x + jnp.asarray(zero).astype(x.dtype), tree)
+
+
 def axis_sizes(names: Sequence[str]) -> dict[str, int]:
   """Sizes of mesh axes.
 

@@ -19,10 +19,10 @@ from sedjax import _placement
 from sedjax._config import Config as Config
 from sedjax._count import later_than
 from sedjax._keep import ranks_of
-from sedjax._late import with_promotion
 from sedjax._layout import LABEL_WORDS, Layout, encode_label, layout_of, tree_id
 from sedjax._phase import init_phase
 from sedjax._placement import Spec
+from sedjax._primitives import with_promotion
 from sedjax._reports import group_names as group_names
 from sedjax._reports import history as history
 from sedjax._reports import identity as identity
@@ -112,6 +112,8 @@ def init(config: Config, params: Any, specs: Mapping[str, Spec] | None = None) -
     rows=zero_rows(config, layout, params, config.slots),
     base=zero_rows(config, layout, params, 1 if config.exact else 2) if config.source == "params" else (),
   )
+  if specs is None:
+    state = _placement.varying_as(state, layout.leaves)
   return _placement.on_mesh(state, _placement.explicit_mesh(layout.leaves))
 
 

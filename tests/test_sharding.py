@@ -217,11 +217,12 @@ def test_groups_move_a_sketch_each():
   assert sorted(collectives_of(program)) == [("all-reduce", DIM)] * 2
 
 
-def test_large_blocks_are_sketched_in_parts(monkeypatch):
-  """On CPU a block is signed a part at a time, whatever its size, to the same numbers."""
-  monkeypatch.setattr(_indexed, "_CHUNK", 2000)
+@pytest.mark.parametrize("chunk", [2000, 1])
+def test_large_blocks_are_sketched_in_parts(chunk, monkeypatch):
+  """On CPU a block is signed a part at a time, with a rest or without one, to the same numbers."""
+  monkeypatch.setattr(_indexed, "_CHUNK", chunk)
   specs, mesh = LAYOUTS["both"], mesh_of(AxisType.Auto)
-  sketch = sedjax.sketch.count(DIM, seed=7)  # no other test's, whose traces would be used again
+  sketch = sedjax.sketch.count(DIM, seed=7 + chunk)  # no other test's, whose traces would be used again
   tx = tracker(sketch, axis_name=("x", "y"))
   state = tx.init(STEPS[0])
   splits = state_specs(state, specs)
@@ -334,6 +335,35 @@ def test_vmapped_seeds_over_an_explicit_axis(options):
   with jax.set_mesh(mesh):
     found = reports(lambda x: jax.device_put(x, jax.NamedSharding(mesh, P("seed"))))
   assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+  ("sketch", "source"), [("count", "updates"), ("exact", "params")], ids=["count, updates", "exact, params"]
+)
+def test_seeds_that_are_trained_as_a_whole_inside_shard_map(sketch, source):
+  """From init on, in a loop, whose carry must have the same type after each step."""
+  tx = sedjax.track_spectral_edge(3, sketch=SKETCHES[sketch], source=source)
+  mesh = jax.make_mesh((8,), ("seed",), axis_types=(AxisType.Auto,))
+  steps = np.stack([[seed * step["odd"] for step in STEPS] for seed in range(1, 9)])
+
+  def train(updates):
+    params = {"w": jnp.zeros_like(updates[0])}
+
+    def step(carry, update):
+      params, state = carry
+      update, state = tx.update({"w": 2 * update}, state, params)
+      return (optax.apply_updates(params, update), state), sedjax.get_reports(state)
+
+    return jax.lax.scan(step, (params, tx.init(params)), updates)[1]
+
+  @jax.jit
+  def sharded(steps):
+    inside = jax.shard_map(
+      lambda own: jax.tree.map(lambda x: x[None], train(own[0])), mesh=mesh, in_specs=P("seed"), out_specs=P("seed")
+    )
+    return inside(steps)
+
+  assert_same(jax.device_get(sharded(steps)), jax.device_get(jax.jit(jax.vmap(train))(steps)))
 
 
 @pytest.mark.parametrize("kind", [pytest.param("Explicit", marks=pytest.mark.slow), "Auto"])
