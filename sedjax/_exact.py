@@ -13,8 +13,9 @@ import numpy as np
 from sedjax import core
 from sedjax._ahead import Buffers, Progress, in_order
 from sedjax._compile import REPORT_OPTIONS, known, lowered_init, with_any_groups
+from sedjax._rows import exact_dim
 from sedjax._selection import Leaf, Reading, Selection
-from sedjax._series import LARGEST_NORM, Entry, error_at, too_large
+from sedjax._series import LARGEST_NORM, Entry, error_at, steps_since, too_large
 from sedjax._store import Store, check_unchanged, signature_of
 from sedjax._types import Report
 
@@ -168,8 +169,9 @@ def _reports_of_gram(
     products = np.zeros((gram.shape[0], config.slots))
     products[:, : len(near)] = gram[:, row, [row - other for other in near]]
     energy = gram[:, row, 0]
-    dims = np.divide(3 * energy**2, fourth[:, row], out=np.zeros_like(energy), where=fourth[:, row] > 0)
-    state = core.push_gram(config, state, products, dims, entry.step - base_step)
+    some = fourth[:, row] > 0
+    dims = np.where(some, exact_dim(energy, np.where(some, fourth[:, row], 1)), 0)
+    state = core.push_gram(config, state, products, dims, steps_since(entry, base_step))
     if moved:
       rows, base_step = near, entry.step
     yield row + 1, core.reports(state)

@@ -77,12 +77,13 @@ def migrate(old_state: Any, new_state: Any) -> Any:
       }
       return SpectralEdgeState(carried)
     name, old = next(rest)
+    dtype = jnp.result_type(leaf)
     if isinstance(old, int | float):  # some loaders restore scalars so
-      old = jnp.asarray(old, leaf.dtype)
-    if np.shape(old) != np.shape(leaf) or old.dtype != leaf.dtype:
+      old = jnp.asarray(old, dtype)
+    if np.shape(old) != np.shape(leaf) or old.dtype != dtype:
       raise ValueError(
         f"sedjax.migrate: {name!r} is {old.dtype}{list(np.shape(old))} in the old state and "
-        f"{leaf.dtype}{list(np.shape(leaf))} in the new one; both must be for the same parameters."
+        f"{dtype}{list(np.shape(leaf))} in the new one; both must be for the same parameters."
       )
     return old
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 
 _DRAWS = 200
 # Ratios are compared with the mean of noise plus so many standard deviations, both of the logarithm.
 ENTER, LEAVE = 7.0, 4.5
-# Dimensions at which noise is simulated: multiples of the window, where a few more change much, then powers of two.
-_MULTIPLES, _POWERS = (1.25, 1.6, 2, 2.8, 4), 2.0 ** np.arange(6, 33, 2)
+# Dimensions at which noise is simulated: few, multiples of the window, where some more change much, then powers of two.
+_FEW, _MULTIPLES, _POWERS = 12, (1.25, 1.6, 2, 2.8, 4), 2.0 ** np.arange(6, 33, 2)
+# Through d dimensions noise has no more than d singular values, and from a row's numbers d is known within a half.
+_RANK, _NEVER = 1.5, np.log(1e3)  # of ratios that are held to at most 1 / FLOOR, so that this is never reached
 
 
 def row_covariance(rows: int, momentum: float, every: int) -> np.ndarray:
@@ -41,16 +44,19 @@ def noise_ratios(window: int, momentum: float, every: int) -> tuple[np.ndarray, 
   """
   rng = np.random.default_rng(0)
   factor = np.linalg.cholesky(row_covariance(window, momentum, every))
-  few = [window + 1, *(np.ceil(multiple * window) for multiple in _MULTIPLES)]  # through fewer no window is noise
+  fewer = np.ceil(np.geomspace(1, window, min(window, _FEW)))
+  few = [*fewer, *range(1, min(window, _FEW) + 1), window + 1, *np.ceil(window * np.asarray(_MULTIPLES))]
   dims = np.unique([*few, *_POWERS[_POWERS > few[-1]]])
-  means, deviations = [], []
+  means, deviations = np.full((2, dims.size, window - 1), [[[_NEVER]], [[0]]])
   lower = np.tril(np.ones((window, window)), -1)
-  for dim in dims:
+  for i, dim in enumerate(dims):
     # Bartlett: factor·A·Aᵀ·factorᵀ/dim is the Gram matrix of Gaussian rows seen through `dim` numbers.
-    a = rng.normal(size=(_DRAWS, window, window)) * lower
-    a[:, np.arange(window), np.arange(window)] = np.sqrt(rng.chisquare(dim - np.arange(window), (_DRAWS, window)))
-    values = np.linalg.svd(factor @ a, compute_uv=False)
-    logs = np.log(values[:, :-1] / values[:, 1:])
-    means.append(logs.mean(0))
-    deviations.append(logs.std(0))
-  return np.log2(dims).astype(np.float32), np.asarray(means, np.float32), np.asarray(deviations, np.float32)
+    size = min(window, int(dim))
+    a = rng.normal(size=(_DRAWS, window, size)) * lower[:, :size]
+    a[:, np.arange(size), np.arange(size)] = np.sqrt(rng.chisquare(dim - np.arange(size), (_DRAWS, size)))
+    a = factor @ a
+    squares = np.linalg.eigvalsh(a.swapaxes(1, 2) @ a)[:, ::-1]  # in half of the time of their singular values
+    logs = np.log(squares[:, :-1] / squares[:, 1:]) / 2
+    known = min(window, math.ceil(dim / _RANK)) - 1
+    means[i, :known], deviations[i, :known] = logs.mean(0)[:known], logs.std(0)[:known]
+  return np.log2(dims).astype(np.float32), means.astype(np.float32), deviations.astype(np.float32)

@@ -233,8 +233,17 @@ def sketch_column(rows: Any, row: Any, slot: jax.Array, scales: jax.Array) -> tu
     column = jnp.concatenate([whole, _gram.plain_dot(rows, shifted[1:])])
   else:
     column = _gram.plain_dot(rows, shifted)
-  column = jnp.where(scales > 0, column / jnp.where(scales > 0, scales * shift[:, None], 1), 0)
+  # By one after the other, since their product may be too small for a float.
+  column = jnp.where(scales > 0, column / jnp.where(scales > 0, scales, 1) / shift[:, None], 0)
   return jnp.where(here, energy[:, None], column)[None], scale, dims
+
+
+def exact_dim(energy: Any, fourth: Any) -> Any:
+  """The dimension that rows have of which all numbers are known, from the sums of their squares and fourth powers.
+
+  Of n normal numbers of one variance it is about n, of one that outweighs the others 1.
+  """
+  return 3 * energy**2 / fourth - 2
 
 
 def _exact_column(
@@ -271,7 +280,7 @@ def _exact_column(
     column, sums = jnp.stack([jnp.stack(highs), jnp.stack(lows)]), jnp.stack(sums)
     if layout.axes:
       column, sums = _gram.psum_pairs(column, sums, layout.axes)
-    return column, scale, 3 * sums[:, 0] ** 2 / jnp.maximum(sums[:, 1], 1e-30)
+    return column, scale, exact_dim(sums[:, 0], jnp.maximum(sums[:, 1], 1e-30))
 
   ring, new = ([leaves[i] for i in tracked] for leaves in map(jax.tree.leaves, (rows, row)))
   return _locally(layout, local, [ring, new], slot, scales)

@@ -60,6 +60,17 @@ def test_noise_of_few_dimensions_has_no_edge(sketch, size):
   assert np.all(phases[9:] == Phase.NO_EDGE)
 
 
+@pytest.mark.parametrize("sketch", [sedjax.sketch.exact(), sedjax.sketch.count()], ids=["exact", "count"])
+@pytest.mark.parametrize("k_max", [None, 9])
+def test_noise_of_fewer_dimensions_than_rows_seldom_has_an_edge(sketch, k_max):
+  """Though a ratio is infinite: that of the last direction there is to nothing. Parameters at 0 add no dimension."""
+  config = core.Config(10, k_max=k_max, sketch=sketch)
+  for size in range(1, 11):
+    rows = jax.random.normal(jax.random.key(size), (1000, 10)) * (jnp.arange(10) < size)
+    phases = np.asarray(phases_of(config, rows))[9:]
+    assert np.mean(phases == Phase.NO_EDGE) >= 0.97, size
+
+
 def test_momentum_that_is_not_told_is_taken_for_an_edge():
   """So that the null is seen to do something."""
   config = core.Config(10, sketch=SKETCHES["count"], momentum=0.0)

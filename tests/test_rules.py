@@ -395,6 +395,14 @@ def test_tiny_rows_beside_a_huge_one():
       assert np.all(np.isfinite(found.singular_values))
 
 
+def test_rows_beside_one_so_huge_that_their_products_vanish_stay_numbers():
+  updates = updates_with({}, 8).astype(np.float64) * np.where(np.arange(8) == 2, 1e30, 1e-37)[:, None, None]
+  for sketch in (EXACT, COUNT):
+    found = run(_tracker(4, 1, sketch), updates.astype(np.float32))[1]
+    for name in ("singular_values", "ratios", "alignment", "turning", "gap_ratio", "pc1_fraction"):
+      assert np.all(np.isfinite(getattr(found, name))), name
+
+
 @pytest.mark.parametrize(("sketch", "grouped"), [(EXACT, False), (COUNT, True)], ids=["exact", "count, groups"])
 def test_sums_beyond_float32_are_left_out(sketch, grouped):
   """Steps that are finite, but not so with the step before, or the group beside, or the parameters before."""
