@@ -171,8 +171,7 @@ def parts_of(old: xr.Dataset, contents: Contents) -> Parts:
       steps = np.concatenate([steps, np.asarray([step for step, _ in new], np.int64)])
       added = _over_seeds([value for _, value in new])
       values = added if values is None else _appended(values, added)
-    assert values is not None
-    series[name] = (steps, values)
+    series[name] = (steps, np.zeros(0) if values is None else values)  # none are left where a run went back
   events: list[tuple[int, str]] = []
   if "event" in old:
     events = list(zip(old.event_step.values.tolist(), old.event.values.tolist(), strict=True))

@@ -44,8 +44,17 @@ def check_series(name: str, value: Any) -> None:
   if isinstance(value, Tracer):
     raise ValueError("sedjax.record: log was called inside jit; call it outside, with what jit returned.")
   dtype = (value if isinstance(value, jax.Array) else np.asarray(value)).dtype
-  if np.ndim(value) > 1 or not any(jax.numpy.issubdtype(dtype, kind) for kind in (bool, np.integer, np.floating)):
-    raise ValueError(f"sedjax.record: {name} must be a number or an array over seeds, got {type(value).__name__}.")
+  if (
+    np.ndim(value) > 1
+    or np.shape(value) == (0,)
+    or not any(jax.numpy.issubdtype(dtype, kind) for kind in (bool, np.integer, np.floating))
+  ):
+    raise ValueError(f"sedjax.record: {name} must be a number or an array over seeds, got {_kind(value)}.")
+
+
+def _kind(value: Any) -> str:
+  """What was given, in words."""
+  return f"{type(value).__name__} of shape {np.shape(value)}" if np.ndim(value) else type(value).__name__
 
 
 def seed_names(seeds: Any) -> list[Any]:
@@ -84,8 +93,10 @@ def _plain(value: Any) -> Any:
     return int(value)
   if isinstance(value, str) or _is_number(value):
     return value
-  if isinstance(value, list | tuple) and value and all(map(_is_number, value)):
-    return list(value)
+  if isinstance(value, list | tuple) and value:
+    numbers = [_plain(each) for each in value]
+    if all(map(_is_number, numbers)):
+      return numbers
   return str(value)
 
 

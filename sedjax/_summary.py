@@ -7,6 +7,7 @@ only the chosen window of the chosen group is kept for the pictures.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -36,22 +37,57 @@ class Span(NamedTuple):
     return (self.last if self.until is None else self.until) - self.first
 
 
-class Sums(NamedTuple):
-  """Of every [seed, window, group]: what the tables say."""
+class Sums:
+  """Of every [seed, window, group]: what the tables say, summed up block by block."""
 
-  rows: int
-  full: np.ndarray  # rows with a full window
-  above: np.ndarray  # of these, rows whose ratio exceeds what noise shows
-  ambiguous: np.ndarray  # of those above, rows whose k* is ambiguous: within noise k* means nothing
-  log_ratio: np.ndarray  # sum of log gap ratio
-  pc1: np.ndarray  # sum of shares
-  peak: np.ndarray  # the greatest gap ratio
-  peak_step: np.ndarray
-  places: np.ndarray  # [..., K]: those above, by k*
-  bits: np.ndarray  # [..., 32]: rows by status bit
-  last_phase: np.ndarray
-  missing: np.ndarray  # rows in which the gap ratio or the share is NaN or infinite
-  least_dim: np.ndarray  # the least effective dimension, infinite where there is none
+  def __init__(self, shape: Sequence[int], longest: int):
+    def zeros(*more: int) -> np.ndarray:
+      return np.zeros((*shape, *more), np.int64)
+
+    self.rows = 0
+    self.full = zeros()  # rows with a full window
+    self.above = zeros()  # of these, rows whose ratio exceeds what noise shows
+    self.ambiguous = zeros()  # of those above, rows whose k* is ambiguous: within noise k* means nothing
+    self.places = zeros(longest + 1)  # those above, by k*
+    self.log_ratio = np.zeros(shape)  # sum of log gap ratio
+    self.pc1 = np.zeros(shape)  # sum of shares
+    self.peak = np.zeros(shape)  # the greatest gap ratio
+    self.peak_step = zeros()
+    self.bits = zeros(32)  # rows by status bit
+    self.last_phase = zeros()
+    self.missing = zeros()  # rows in which the gap ratio or the share is NaN or infinite
+    self.least_dim = np.full(shape, np.inf)  # the least effective dimension, infinite where there is none
+
+  def add(self, block: Mapping[str, np.ndarray], steps: np.ndarray) -> None:
+    """Takes in the rows of some steps: of each field [step, seed, window, group]."""
+    gap, k_star, share = block["gap_ratio"], block["k_star"], block.get("pc1_fraction", np.float32(0))
+    sound = np.isfinite(gap)
+    filled = (k_star > 0) & sound
+    edge = filled & (gap > block["null_ratio"])
+    self.rows += len(steps)
+    self.full += filled.sum(0)
+    self.above += edge.sum(0)
+    self.missing += (~(sound & np.isfinite(share))).sum(0)
+    self.log_ratio += np.log(np.where(filled & (gap > 0), gap, 1), dtype=np.float32).sum(0, dtype=float)
+    for k in range(1, min(self.places.shape[-1] - 1, int(k_star.max(initial=0))) + 1):
+      self.places[..., k] += (edge & (k_star == k)).sum(0)
+    if "edge_ambiguous" in block:
+      self.ambiguous += (edge & (block["edge_ambiguous"] > 0)).sum(0)
+    self.pc1 += np.where(filled, share, 0).sum(0, dtype=float)
+    if "effective_dim" in block:
+      dims = block["effective_dim"]
+      self.least_dim = np.minimum(self.least_dim, np.where(dims > 0, dims, np.inf).min(0))
+    shown = np.where(filled, gap, 0)
+    at = shown.argmax(0)[None]
+    top = np.take_along_axis(shown, at, 0)[0]
+    self.peak_step = np.where(top > self.peak, steps[at[0]], self.peak_step)
+    self.peak = np.maximum(self.peak, top)
+    status = block["status"].astype(np.int64, copy=False)
+    present = int(np.bitwise_or.reduce(status, axis=None))
+    for bit in range(32):
+      if present >> bit & 1:
+        self.bits[..., bit] += (status >> bit & 1).sum(0)
+    self.last_phase = block["phase"][-1].astype(int)
 
 
 class Facts:
@@ -118,17 +154,7 @@ def _read(source: xr.Dataset, w: int, g: int) -> tuple[Sums, xr.Dataset, xr.Data
 
   rows, *shape = (source.sizes[dim] for dim in record.DIMS)
   steps = source.step.values
-  longest = int(max(source.window.values))
-
-  def zeros(*more: int) -> np.ndarray:
-    return np.zeros((*shape, *more), np.int64)
-
-  full, above, ambiguous, peak_step, places, bits, missing = (
-    zeros(), zeros(), zeros(), zeros(), zeros(longest + 1), zeros(32), zeros()
-  )  # fmt: skip
-  log_ratio, pc1, peak = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-  least_dim = np.full(shape, np.inf)
-  last_phase = zeros()
+  sums = Sums(shape, int(max(source.window.values)))
   scalars = [name for name in Report._fields if name in source.data_vars and name not in VECTOR_FIELDS]
   vectors = [name for name in VECTOR_FIELDS if name in source.data_vars]
   kept: dict[str, list[np.ndarray]] = {name: [] for name in scalars + vectors}
@@ -148,33 +174,7 @@ def _read(source: xr.Dataset, w: int, g: int) -> tuple[Sums, xr.Dataset, xr.Data
       kept[name].append(part[name].transpose(*record.DIMS, "index")[:, :1, w, g].values)
     for name, found in over_groups.items():
       found.append(block[name][:, :1, w].copy())
-    gap, null, k_star = block["gap_ratio"], block["null_ratio"], block["k_star"]
-    sound = np.isfinite(gap)
-    filled = (k_star > 0) & sound
-    full += filled.sum(0)
-    edge = filled & (gap > null)
-    above += edge.sum(0)
-    share = block.get("pc1_fraction", np.float32(0))
-    missing += (~(sound & np.isfinite(share))).sum(0)
-    log_ratio += np.log(np.where(filled & (gap > 0), gap, 1), dtype=np.float32).sum(0, dtype=float)
-    for k in range(1, min(longest, int(k_star.max(initial=0))) + 1):
-      places[..., k] += (edge & (k_star == k)).sum(0)
-    if "edge_ambiguous" in block:
-      ambiguous += (edge & (block["edge_ambiguous"] > 0)).sum(0)
-    pc1 += np.where(filled, share, 0).sum(0, dtype=float)
-    if "effective_dim" in block:
-      dims = block["effective_dim"]
-      least_dim = np.minimum(least_dim, np.where(dims > 0, dims, np.inf).min(0))
-    at = np.where(filled, gap, 0).argmax(0)[None]
-    top = np.take_along_axis(np.where(filled, gap, 0), at, 0)[0]
-    peak_step = np.where(top > peak, steps[start + at[0]], peak_step)
-    peak = np.maximum(peak, top)
-    status = block["status"].astype(np.int64, copy=False)
-    present = int(np.bitwise_or.reduce(status, axis=None))
-    for bit in range(32):
-      if present >> bit & 1:
-        bits[..., bit] += (status >> bit & 1).sum(0)
-    last_phase = block["phase"][-1].astype(int)
+    sums.add(block, steps[start : start + size])
 
   def joined(name: str, parts: list[np.ndarray]) -> tuple[Any, np.ndarray, dict[str, Any]]:
     whole = np.concatenate(parts)
@@ -194,9 +194,6 @@ def _read(source: xr.Dataset, w: int, g: int) -> tuple[Sums, xr.Dataset, xr.Data
       for name, parts in over_groups.items()
     },
     {**coords, "seed": source.seed[:1], "group": source.group},
-  )
-  sums = Sums(
-    rows, full, above, ambiguous, log_ratio, pc1, peak, peak_step, places, bits, last_phase, missing, least_dim
   )
   return sums, chosen, first, by_group
 

@@ -271,7 +271,7 @@ def series(record: xr.Dataset, name: str, *, ax: Any = None, seed: Any = None) -
     The axes.
 
   Raises:
-    ValueError: the record has no such series or seed.
+    ValueError: the record has no such series or seed, or no values of it.
     ImportError: matplotlib is missing.
 
   Cost: reads that series.
@@ -280,6 +280,8 @@ def series(record: xr.Dataset, name: str, *, ax: Any = None, seed: Any = None) -
   if name not in _plot_data.series_names(record):
     raise ValueError(f"sedjax.plot: the record has no series {name!r}; it has {_plot_data.series_names(record)}.")
   values = record[name]
+  if not values.size:
+    raise ValueError(f"sedjax.plot: the series {name!r} has no values to draw.")
   if "seed" in values.dims:
     values = values.isel(seed=_plot_data.places(record, seed))
   columns = np.asarray(values.values, float).reshape(values.shape[0], -1)

@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import queue
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -337,10 +338,11 @@ class Recorder:
         raise ValueError(f"sedjax.record: the state holds {seeds} seeds, but seeds={self._seeds} names others.")
       if self._given is not None and shape[-2:] != (len(self._given[1]), len(self._given[0])):
         raise ValueError(f"sedjax.record: reports of shape {shape} do not fit the groups and windows {self._given}.")
-      if windows is not None and self._tracked and windows != self._config.windows:
+      told = tuple(self._given[0]) if self._given is not None else self._config.windows if self._tracked else windows
+      if windows is not None and windows != told:
         raise ValueError(
-          f"sedjax.record: the state's windows are {windows}, tracker= says {self._config.windows}; pass the arguments "
-          "that track_spectral_edge was given."
+          f"sedjax.record: the state's windows are {windows}, {'tracker' if self._given is None else 'windows'}= says "
+          f"{told}; pass the arguments that track_spectral_edge was given."
         )
       if self._layout is None:
         self._check_seeds({"the state": seeds})
@@ -434,7 +436,10 @@ class Recorder:
         self._sinks.remove(sink)
         self._failed.append(sink)
         what = f"sedjax.record: the sink {type(sink).__name__} failed at step {step} ({type(error).__name__}: {error})"
-        warnings.warn(f"{what}; it is told no more, and the record goes on.", RuntimeWarning, stacklevel=2)
+        try:
+          warnings.warn(f"{what}; it is told no more, and the record goes on.", RuntimeWarning, stacklevel=2)
+        except RuntimeWarning as warning:  # where warnings are errors; raised here it would stop the record
+          print(warning, file=sys.stderr)
 
   def _begin(self, layout: dict[str, Any], first_row: int | None = None) -> None:
     """Writes this session's frame, which says what its rows are and at which step they begin, if that is known."""

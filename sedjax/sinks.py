@@ -101,6 +101,11 @@ class JSONL:
 
   def __init__(self, path: str | Path):
     self._file = open(path, "a", encoding="utf-8")
+    if end := self._file.tell():  # a line that a kill cut off ends here
+      with open(path, "rb") as file:
+        file.seek(end - 1)
+        if file.read() != b"\n":
+          self._file.write("\n")
 
   def __call__(self, step: int, scalars: dict[str, float]) -> None:
     plain = {name: value if math.isfinite(value) else None for name, value in scalars.items()}

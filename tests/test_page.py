@@ -18,7 +18,7 @@ import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 
-from sedjax import _journal, _netcdf, _page, _summary
+from sedjax import _journal, _netcdf, _page, _sections, _summary, plot
 from sedjax.__main__ import main
 from sedjax._html import escape, number
 from sedjax._types import Status
@@ -64,7 +64,7 @@ def quick(monkeypatch):
     draw(Figure().subplots())
     return f'<img alt="{escape(alt)}">{escape(caption)}'
 
-  monkeypatch.setattr(_page, "figure", figure)
+  monkeypatch.setattr(_sections, "figure", figure)
 
 
 def warnings_of(page):
@@ -216,12 +216,29 @@ def test_corner_cases_make_a_page(made, case):
   assert "nan" not in text.split()
 
 
+def test_a_series_without_values_and_a_name_that_is_no_text(tmp_path):
+  path = os.fsdecode(os.fsencode(tmp_path / "caf") + b"\xe9.nc")
+  few = planted.dataset(1, 3)
+  empty = few.assign(
+    loss=("loss_step", np.zeros(0)), accuracy=(("accuracy_step", "seed"), np.zeros((0, few.sizes["seed"])))
+  )
+  empty = empty.assign_coords(loss_step=np.zeros(0, int), accuracy_step=np.zeros(0, int))
+  empty.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
+  os.rename(tmp_path / "run.nc", path)
+  assert main(["report", path, "-o", str(tmp_path / "page.html")]) == 0
+  text = words((tmp_path / "page.html").read_text())
+  assert "What happened in caf\\udce9.nc" in text
+  assert "loss: no values. accuracy: no values." in text
+  with pytest.raises(ValueError, match="the series 'loss' has no values to draw"):
+    plot.series(empty, "loss")
+
+
 def test_record_is_read_in_blocks_and_says_the_same(made, monkeypatch):
   whole = _summary._read(made, 1, 0)
   monkeypatch.setattr(_summary, "_BLOCK", 18 * 7)
   parts = _summary._read(made, 1, 0)
-  for field, one, other in zip(_summary.Sums._fields, whole[0], parts[0], strict=True):
-    np.testing.assert_allclose(one, other, err_msg=field, rtol=1e-6)
+  for field, value in vars(whole[0]).items():
+    np.testing.assert_allclose(value, getattr(parts[0], field), err_msg=field, rtol=1e-6)
   for one, other in zip(whole[1:], parts[1:], strict=True):
     xr.testing.assert_identical(one, other)
 

@@ -22,7 +22,7 @@ import xarray as xr
 
 import sedjax
 import sedjax.sinks
-from sedjax import _journal, _netcdf
+from sedjax import _journal, _netcdf, _recordable
 from sedjax.record import FIELDS, Recorder, open_record, to_dataset
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -432,6 +432,26 @@ def test_going_back_replaces(tmp_path, killed):
   assert not journal_of(path).exists()
   assert steps_of(path) == [0, 1, 2, 3, 4, 6, 9]
   assert open_record(path).event.values.tolist() == ["began"]
+
+
+def test_going_back_in_two_killed_sessions_empties_a_series(tmp_path):
+  path = tmp_path / "run.nc"
+  leave_journal(path, [1, 3], loss=1.0)
+  with recorder_of(path) as recorder:
+    recorder.append(2, report_of(2))
+    recorder.flush()
+    assert steps_of(path) == [1, 2]
+    assert open_record(path).loss.values.tolist() == [1]
+  leave_journal(tmp_path / "all.nc", [3], loss=1.0)
+  with recorder_of(tmp_path / "all.nc") as recorder:
+    recorder.append(2, report_of(2))
+    recorder.flush()
+    assert open_record(tmp_path / "all.nc").sizes["loss_step"] == 0
+  assert open_record(tmp_path / "all.nc").sizes["loss_step"] == 0
+  assert steps_of(tmp_path / "all.nc") == [2]
+  with recorder_of(tmp_path / "all.nc") as recorder:
+    recorder.log(2, loss=0.5)
+  assert open_record(tmp_path / "all.nc").loss.values.tolist() == [0.5]
 
 
 def test_series_can_be_added_to_a_finished_record(tmp_path):
@@ -873,6 +893,13 @@ def test_text_that_hdf5_cannot_store(tmp_path):
     assert record.event.values.tolist() == ["half \\ud800", "7"]
     np.testing.assert_array_equal(record.attrs["limits"], [0.5, np.inf])
     assert (record.attrs["note"], record.attrs["large"]) == ("a\\0b", str(2**70))
+  assert _recordable.file_attributes(
+    {"flags": [True, False], "rates": (np.float32(0.5), np.int64(3)), "one": True}
+  ) == {
+    "flags": [1, 0],
+    "rates": [0.5, 3],
+    "one": 1,
+  }
   with pytest.raises(ValueError, match="an attribute cannot be named 'record_version'"):
     recorder_of(tmp_path / "other.nc", attrs={"record_version": 99})
 
@@ -982,10 +1009,13 @@ def test_wrong_arguments(tmp_path):
     for name in ("step", "gap_ratio", "event", "loss_step", "a b", "val/loss"):
       with pytest.raises((ValueError, TypeError), match=r"cannot be named|multiple values"):
         recorder.log(0, **{name: 1.0})
-    for value in ("high", np.ones((2, 2)), None):
+    for value in ("high", np.ones((2, 2)), None, np.zeros(0)):
       with pytest.raises(ValueError, match="loss must be a number or an array over seeds"):
         recorder.log(0, loss=value)
   assert not path.exists()
+  with Recorder(path, windows=(4, 5), groups=["all", "head", "body"]) as recorder:
+    with pytest.raises(ValueError, match=r"windows are \(3, 5\), windows= says \(4, 5\)"):
+      recorder.append(0, state)
   with Recorder(path, seeds=[1, 2]) as recorder, pytest.raises(ValueError, match="the state holds 1 seeds"):
     recorder.append(0, state)
   with Recorder(path, tracker=OPTIONS) as recorder:
@@ -1058,6 +1088,25 @@ def test_jsonl_sink(tmp_path):
   assert lines[1]["sedjax/gap_ratio/head/w5/seed_1"] == float(reports.gap_ratio[7, 1, 2, 1])
   assert len(lines[0]) == 1 + 12 * 3 * 3 * 2
   assert lines[2] == {"step": 7, "loss/seed_0": 1.0, "loss/seed_1": None, "loss/seed_2": 3.0, "rate": 0.5}
+
+
+def test_jsonl_goes_on_after_a_torn_line(tmp_path):
+  path = tmp_path / "run.jsonl"
+  path.write_text('{"step": 1}\n{"step": 2, "lo')
+  for step in (2, 3):
+    sink = sedjax.sinks.JSONL(path)
+    sink(step, {})
+    sink.close()
+  assert path.read_text().splitlines() == ['{"step": 1}', '{"step": 2, "lo', '{"step": 2}', '{"step": 3}']
+
+
+@pytest.mark.filterwarnings("error:sedjax.record")
+def test_a_failing_sink_stops_no_record_where_warnings_are_errors(tmp_path, capsys):
+  with recorder_of(tmp_path / "run.nc", sinks=[lambda *_: 1 / 0]) as recorder:
+    recorder.append(0, report_of(0))
+    recorder.append(1, report_of(1))
+  assert steps_of(tmp_path / "run.nc") == [0, 1]
+  assert "the sink function failed at step 0 (ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_failing_sink_is_told_no_more(tmp_path):
