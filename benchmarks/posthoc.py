@@ -196,7 +196,9 @@ def in_process(way: str, folder: Path, warm: bool = True) -> dict[str, Any]:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
   command = [sys.executable, str(Path(__file__).resolve()), "--way", way, "--folder", str(folder)]
   # The threads of NumPy's BLAS spin for minutes where another process wants the cores: the peers are spared that.
-  environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"} if way in ("oracle", "load all") else None
+  environment = os.environ | ({"OPENBLAS_NUM_THREADS": "1"} if way in ("oracle", "load all") else {})
+  # As `sedjax analyze` does: where libtpu is installed, JAX would look for TPUs for half a second.
+  environment = {"JAX_PLATFORMS": "cpu"} | environment
   done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
   if done.returncode:
     raise SystemExit(f"{way} failed:\n{done.stderr}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -22,7 +23,8 @@ examples:
 
 The same command goes on where an earlier one was interrupted. A record of the same checkpoints is replaced, and keeps
 the series and events that were added to it; no other file is. Checkpoints are safetensors files, index files of sharded
-ones, folders that Hugging Face or orbax saved, PyTorch files (which are never executed), or npz files.
+ones, folders that Hugging Face or orbax saved, PyTorch files (which are never executed), or npz files. All is computed
+on the CPU, so that GPUs and TPUs stay free for others, unless JAX_PLATFORMS is set.
 """
 
 
@@ -58,8 +60,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--transpose", metavar="REGEX", help="tensors, by their changed paths, that have PyTorch's order (out, in, …)")
 
 
+def _leave_accelerators_alone() -> None:
+  """Computes on the CPU unless `JAX_PLATFORMS` says otherwise.
+
+  JAX takes hold of each device that it finds, TPUs whole and GPUs with three quarters of their memory: of those on
+  which another program may train, for what the disk is slower than anyway.
+  """
+  if not os.environ.get("JAX_PLATFORMS"):
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
 def run(args: argparse.Namespace) -> int:
   """Runs the subcommand; returns the exit code."""
+  _leave_accelerators_alone()
   try:
     from sedjax import checkpoints
 

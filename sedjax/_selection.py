@@ -16,9 +16,10 @@ import jax
 import numpy as np
 
 from sedjax import core
-from sedjax._dataset import WHOLE
-from sedjax._layout import layout_of
-from sedjax._readers import Reader, ReadError, TensorInfo, open_checkpoint
+from sedjax._dataset import WHOLE, storable
+from sedjax._layout import decode_label, encode_label, layout_of
+from sedjax._reader import Reader, ReadError, TensorInfo
+from sedjax._readers import open_checkpoint
 from sedjax._series import CheckpointError, Entry, about, error_at
 from sedjax._training import model_names
 
@@ -116,6 +117,8 @@ def _paths(names: Mapping[str, tuple[str, ...]], rename: tuple[tuple[str, str], 
         path = re.sub(pattern, replacement, path)
       except (re.error, IndexError) as error:
         raise CheckpointError(f"sedjax analyze: rename cannot put {replacement!r} for {pattern!r} ({error}).") from None
+    if storable(path) != path:
+      raise ReadError(f"the name of tensor {name!r} has NUL or half of a character in it; rename it")
     if path in paths:
       raise ReadError(f"tensors {paths[path]!r} and {name!r} both have the path {path!r}; check rename")
     paths[path] = name
@@ -291,7 +294,7 @@ def select(
   group_of = dict(zip(layout.paths, layout.group, strict=True))
   left_out |= {leaf.path: (leaf.shape, "groups leaves it out") for leaf in leaves if group_of[leaf.path] is None}
   kept = tuple(leaf._replace(label=group_of[leaf.path] or 0) for leaf in leaves if group_of[leaf.path] is not None)
-  labels = tuple(label if isinstance(label, str) else repr(label) for label in layout.labels)
+  labels = tuple(decode_label(encode_label(label)) for label in layout.labels)  # as live records have them
   if not kept:
     raise error_at(series[0], None, f"none of its {len(first.infos)} tensors is a parameter to be tracked")
   if config.groups is not None and WHOLE in labels:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from sedjax._readers import ReadError
+from sedjax._reader import ReadError
 
 Path = str | os.PathLike[str]
 LARGEST_NORM = 1e36  # of a change: reports have norms in float32, of several changes together
@@ -44,6 +44,18 @@ def too_large(entry: Entry, tensor: str | None, since: str) -> CheckpointError:
   """The error of a change that reports cannot hold."""
   why = f"since {since} it changed by {LARGEST_NORM:g} or more, too much for reports in float32"
   return error_at(entry, tensor, why)
+
+
+def steps_since(entry: Entry, step: int) -> int:
+  """The steps in a row that ends with a checkpoint.
+
+  Raises:
+    CheckpointError: reports, which have int32, cannot count them.
+  """
+  if entry.step - step >= 2**31:
+    why = f"a row of {entry.step - step} steps, from step {step} on, is longer than reports can count"
+    raise error_at(entry, None, f"{why}; give steps in a larger unit")
+  return entry.step - step
 
 
 @contextlib.contextmanager
@@ -90,8 +102,7 @@ def find_series(files: Path | Iterable[Path], steps: Sequence[int] | None) -> li
   for one, two in itertools.pairwise(series):
     if one.step == two.step:
       raise CheckpointError(f"sedjax analyze: {one.file} and {two.file} have the same step {one.step}; leave one out.")
-    if two.step - one.step >= 2**31:
-      raise CheckpointError(f"sedjax analyze: from {one.file} to {two.file} there are {two.step - one.step} steps.")
+    steps_since(two, one.step)
   return series
 
 

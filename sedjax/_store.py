@@ -102,11 +102,14 @@ class Store:
       np.savez(packed, identity=np.frombuffer(self._identity.encode(), np.uint8), **arrays)
       _replace(self.folder / _STATE, packed.getvalue())
 
-  def reports(self, size: int) -> bytes:
-    """The first `size` bytes of reports."""
-    if self.folder is None:
+  def reports(self, size: int) -> bytes | None:
+    """The first `size` bytes of reports; None where there are fewer."""
+    if self.folder is None or not size:
       return self._reports[:size]
-    return (self.folder / _REPORTS).read_bytes()[:size] if size else b""
+    with contextlib.suppress(FileNotFoundError), open(self.folder / _REPORTS, "rb") as file:
+      found = file.read(size)
+      return found if len(found) == size else None
+    return None
 
   def remove(self) -> None:
     """Removes what this class wrote, and the folder where that leaves it empty."""

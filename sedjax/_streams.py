@@ -19,7 +19,7 @@ from sedjax._ahead import Buffers, Progress, in_order
 from sedjax._compile import COMPILERS, REPORT_OPTIONS, known, lowered_init, with_any_groups
 from sedjax._leaves import Part, Sketcher
 from sedjax._selection import Leaf, Reading, Selection
-from sedjax._series import LARGEST_NORM, CheckpointError, Entry, error_at, too_large
+from sedjax._series import LARGEST_NORM, CheckpointError, Entry, error_at, steps_since, too_large
 from sedjax._store import Store, check_unchanged, signature_of
 from sedjax._types import Report
 
@@ -246,7 +246,7 @@ def _sketches(
         continue
       opened.popleft().close()
       check_unchanged(series[i], task.signature)
-      change, steps, lossy = None, series[i].step - base_step, False
+      change, steps, lossy = None, 0 if base is None else steps_since(series[i], base_step), False
       if base is not None:
         norm = _norm(rows - base)
         if not norm < LARGEST_NORM:
@@ -270,16 +270,18 @@ def sketch_series(
   if saved is not None:
     # Checkpoints that were read must still be there; later ones may have come.
     read = json.loads(saved["read"].tobytes())
-    if read == [signature_of(entry) for entry in series[: len(read)]]:
+    size = len(_to_bytes(tracker.blank))
+    stored = store.reports((len(read) - 1) * size)
+    if stored is None:
+      print(f"{store.folder} is damaged: beginning anew", file=sys.stderr)
+    elif read != [signature_of(entry) for entry in series[: len(read)]]:
+      print(f"{store.folder}: the checkpoints that were read have changed; beginning anew", file=sys.stderr)
+    else:
       tracker.restore(saved)
       done, base, base_step = len(read), saved["base"], int(saved["base_step"])
       print(f"going on after step {series[done - 1].step}", file=sys.stderr)
-    else:
-      print(f"{store.folder}: the checkpoints that were read have changed; beginning anew", file=sys.stderr)
-  if done:
-    size = len(_to_bytes(tracker.blank))
-    stored = store.reports((done - 1) * size)
     for i in range(1, done):
+      assert stored is not None
       yield i, _from_bytes(stored[(i - 1) * size : i * size], tracker.blank)
   signatures = [signature_of(entry) for entry in series[:done]]
   waiting: collections.deque[_Sketched] = collections.deque()

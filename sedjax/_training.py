@@ -10,14 +10,14 @@ from typing import Any
 _MODEL_KEYS = ("params", "model", "model_state_dict", "state_dict")
 _MODULE_KEYS = ("net", "network", "module")  # which modules have, too
 _TRAINING = re.compile(r"opt|sched|step|epoch|iter|rng|loss|scaler|stats")
-# Keys beside parameters under other names.
-_OPTIMIZER = re.compile(r"optim|^opt(_|$)")
-# In flat names a model may have any prefix, and only what no module is called tells: an optimizer's state or moments,
-# and, in front, averages of parameters and running statistics.
-_STATE = re.compile(r"optim(izer)?s?(_states?)?(_dict)?|opt_states?|(max_)?exp_avg(_sq)?|momentum_buffer")
+# A model may have any prefix, and only what no module is called tells: an optimizer's state, alone or of one of several
+# models, its moments, and, in front, averages of parameters and running statistics.
+_STATE = re.compile(r"(^|_)(optim(izer)?s?|opt_states?)(_|$)")
+_OPT = re.compile(r"(^|_)opt(_|$|[A-Z])")  # of an optimizer only where its moments follow
+_TORCH_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
 _BESIDE = re.compile(r"ema_(model|net|params|weights|state(_dict)?)|(model|net|params|weights)_ema|batch_stats")
 _BY_NAME = "outside of the model, as its name says"
-_MOMENTS = {"mu", "nu", "m", "v", "trace", "momentum", "velocity"}
+_MOMENTS = {"mu", "nu", "m", "v", "trace", "momentum", "velocity", "state", "inner_state"}
 
 
 def flatten(tree: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -50,7 +50,8 @@ def model_keys(tree: Any, is_tensor: Any, anywhere: bool) -> tuple[str, ...] | N
   for key in (*_MODEL_KEYS, *_MODULE_KEYS):
     if key in full:
       alone = anywhere and not any(map(is_tensor, tree.values())) and (key in _MODEL_KEYS or full == [key])
-      if alone or key == "params" or any(_TRAINING.search(str(other)) for other in tree if other != key):
+      others = ((str(other), value) for other, value in tree.items() if other != key)
+      if alone or key == "params" or any(_shows_training(other, value, is_tensor) for other, value in others):
         return (key,)
   if len(inner) == 1:
     ((key, only),) = inner.items()
@@ -59,12 +60,16 @@ def model_keys(tree: Any, is_tensor: Any, anywhere: bool) -> tuple[str, ...] | N
   return None
 
 
+def _shows_training(key: str, value: Any, is_tensor: Any) -> bool:
+  """Whether what lies beside a model belongs to training: modules may be named so, too, but have other tensors."""
+  held = [names for names, leaf in flatten(value, (key,)) if len(names) > 1 and is_tensor(leaf)]
+  return _TRAINING.search(key) is not None and (not held or any(map(_is_state, held)))
+
+
 def within(names: tuple[str, ...], inside: tuple[str, ...] | None) -> tuple[tuple[str, ...], str]:
   """A tensor's names within the model, or all of them and why it is not one of the model."""
   if inside is not None and names[: len(inside)] != inside:
     return names, f"outside of {'/'.join(inside)!r}"
-  if inside is None and len(names) > 1 and _OPTIMIZER.search(names[0]):
-    return names, _BY_NAME
   return names[len(inside or ()) :], ""
 
 
@@ -96,7 +101,10 @@ def model_names(names: Collection[tuple[str, ...]], joined: bool) -> tuple[tuple
 
 
 def _is_state(name: tuple[str, ...]) -> bool:
-  if any(map(_STATE.fullmatch, name[:-1])):
-    return True
-  moments = name[0] == "opt" and not _MOMENTS.isdisjoint(name[1:3])
-  return len(name) > 1 and (moments or _BESIDE.fullmatch(name[0]) is not None)
+  if any(map(_STATE.search, name[:-1])) or not _TORCH_MOMENTS.isdisjoint(name):
+    return len(name) > 1
+  for i, part in enumerate(name[:-1]):
+    after = next((other for other in name[i + 1 :] if not other.isdigit()), "")
+    if _OPT.search(part) and after in _MOMENTS:
+      return True
+  return len(name) > 1 and _BESIDE.fullmatch(name[0]) is not None

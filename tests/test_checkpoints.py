@@ -27,11 +27,15 @@ from sedjax import (
   _compile,
   _count,
   _leaves,
+  _npz,
+  _reader,
   _readers,
+  _safetensors,
   _selection,
   _store,
   _streams,
   _strided,
+  _torch,
   _training,
   checkpoints,
 )
@@ -302,7 +306,7 @@ def test_statistics_that_flax_nnx_keeps_beside_parameters(tmp_path, series):
     for name, size in (("bn/mean", 4), ("bn/var", 4), ("blocks/0/bn/mean", 5), ("blocks/0/bn/var", 5))
   ]
   named = {"head/mean": (4,), "head/var": (4,), "head/kernel2": (3, 4), "mean": (3,), "var": (3,)}  # of no such module
-  infos = {name: _readers.TensorInfo(shape, np.dtype("f4")) for name, shape in named.items()}
+  infos = {name: _reader.TensorInfo(shape, np.dtype("f4")) for name, shape in named.items()}
   assert not any(_selection._why_not(name, infos) for name in infos)
 
 
@@ -310,7 +314,7 @@ def test_statistics_that_flax_nnx_keeps_beside_parameters(tmp_path, series):
 def test_a_checkpoint_that_is_replaced_while_it_is_read(tmp_path, series, sketch, monkeypatch):
   """Its numbers may be of both; it is never taken for the new one that was read."""
   files, out = write(tmp_path, series), tmp_path / "run.nc"
-  close, replaced = _readers.NpzReader.close, tmp_path / f"step_{4 * EVERY}.npz"
+  close, replaced = _npz.NpzReader.close, tmp_path / f"step_{4 * EVERY}.npz"
   calls = []
 
   def close_and_replace(self):
@@ -319,7 +323,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(tmp_path, series, sketch
     if len(calls) > 6:  # two readers open files to select what is read
       np.savez(replaced, **{name: x + len(calls) for name, x in series[4].items()})
 
-  monkeypatch.setattr(_readers.NpzReader, "close", close_and_replace)
+  monkeypatch.setattr(_npz.NpzReader, "close", close_and_replace)
   with pytest.raises(checkpoints.CheckpointError, match="was changed while it was read; run it again when it is whole"):
     checkpoints.analyze(files, window=3, sketch=sketch, out=out, progress=False)
   monkeypatch.undo()
@@ -334,7 +338,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, series, mon
   def forbidden(path, *_, **__):
     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
-  monkeypatch.setattr(_readers, "open", forbidden, raising=False)
+  monkeypatch.setattr(_safetensors, "open", forbidden, raising=False)
   with pytest.raises(
     checkpoints.CheckpointError, match=r"step_0\.safetensors .*: it cannot be read: Permission denied"
   ):
@@ -367,7 +371,7 @@ def test_views_of_other_numbers_are_not_tied():
   base = torch.arange(64.0).reshape(8, 8)
 
   def memory(tensor):
-    return _readers._torch_memory(tensor)
+    return _torch._torch_memory(tensor)
 
   same = (base, base.t(), base.reshape(-1), base.reshape(2, 4, 8), base[None], base.permute(1, 0)[:, None])
   assert len({memory(tensor) for tensor in same}) == 1
@@ -416,6 +420,7 @@ def test_numbers_that_are_too_long_are_left_out(tmp_path, series):
     ({"net": {"a": 1}, "head": {"a": 1}}, None),  # two modules
     ({"net": {"a": 1}, "scheduler": {"last": 3}}, ("net",)),
     ({"model": {"a": 1}, "head": 1}, None),  # a module, beside a tensor
+    ({"params": {"a": 1}, "timestep_embed": {"a": 1}}, ("params",)),
   ],
 )
 def test_where_a_training_state_keeps_its_parameters(tree, inside):
@@ -424,6 +429,7 @@ def test_where_a_training_state_keeps_its_parameters(tree, inside):
       return {name: arrays(value) for name, value in node.items()}
     return [*map(arrays, node)] if isinstance(node, list) else np.ones(3) if node == 1 else node
 
+  assert _training.model_keys({"model": {"a": 1}, "timestep_embed": {"a": 1}}, bool, anywhere=False) is None
   for anywhere in (False, True):
     assert _training.model_keys(arrays(tree), lambda value: isinstance(value, np.ndarray), anywhere) == inside
 
@@ -471,14 +477,33 @@ def test_training_states_under_flat_names(tmp_path, series, record, case):
   ],
 )
 def test_modules_that_are_named_as_training_states_are(names):
-  tensors = {name: _readers.TensorInfo((3,), np.dtype("f4")) for name in names}
+  tensors = {name: _reader.TensorInfo((3,), np.dtype("f4")) for name in names}
   inside, outside = _selection._in_model(tensors)
   assert (["/".join(parts) for parts in inside.values()], outside) == ([name.replace(".", "/") for name in names], {})
 
 
+@pytest.mark.parametrize(
+  "state",
+  [
+    "actor_opt_state/0/mu/w",
+    "gen_opt/1/0/nu/w",
+    "gen_opt/inner_state/0/trace/w",
+    "opt_state_g/0/mu/w",
+    "optG.state.0.exp_avg",
+    "optimizer_d.state.0.exp_avg_sq",
+    "critic_optim.0.momentum_buffer",
+  ],
+)
+def test_optimizers_of_several_models(state):
+  names = ["actor_params/w", "gen_params/adopt/mu/w", "w", state]
+  inside, outside = _selection._in_model({name: _reader.TensorInfo((3,), np.dtype("f4")) for name in names})
+  assert [*inside] == names[:3]
+  assert outside == {state: "outside of the model, as its name says"}
+
+
 def test_a_head_beside_the_model_of_a_flat_training_state():
   names = ["model.h.w", "lm_head.w", "optimizer.state.exp_avg.w"]
-  inside, outside = _selection._in_model({name: _readers.TensorInfo((3,), np.dtype("f4")) for name in names})
+  inside, outside = _selection._in_model({name: _reader.TensorInfo((3,), np.dtype("f4")) for name in names})
   assert [*inside] == names[:2]
   assert outside == {names[2]: "outside of the model, as its name says"}
 
@@ -517,8 +542,8 @@ def test_two_tensors_of_one_name(tmp_path, series, files):
   wrapped = [{**params, "_orig_mod/emb": params["emb"]} for params in series]
   with pytest.raises(checkpoints.CheckpointError, match="both have the path 'emb'"):
     checkpoints.analyze(write(tmp_path / "a", wrapped), window=3)
-  with pytest.raises(_readers.ReadError, match=r"two tensors are named 'a\.b', by names within names; rename one"):
-    _readers._new("a.b", {"a.b": None})
+  with pytest.raises(_reader.ReadError, match=r"two tensors are named 'a\.b', by names within names; rename one"):
+    _reader.new_name("a.b", {"a.b": None})
 
 
 def test_torch_layout_is_mapped_to_flax(tmp_path):
@@ -594,6 +619,22 @@ def test_small_checkpoints_are_saved_several_at_a_time(tmp_path, files, monkeypa
   assert 1 <= len(saves) <= 2
   shutil.copy(f"{os.path.dirname(files)}/step_{5 * EVERY}.npz", folder)
   found = checkpoints.analyze(str(folder / "step_*.npz"), window=3, out=tmp_path / "run.nc")
+  assert_same(found, checkpoints.analyze(files, window=3))
+
+
+@pytest.mark.parametrize("left", [100, None])
+def test_an_analysis_whose_reports_are_damaged_begins_anew(tmp_path, files, capsys, left):
+  folder, out = tmp_path / "series", tmp_path / "run.nc"
+  shutil.copytree(os.path.dirname(files), folder)
+  (folder / f"step_{5 * EVERY}.npz").write_bytes(b"nothing")
+  with pytest.raises(checkpoints.CheckpointError, match="rows up to step 20 are kept"):
+    checkpoints.analyze(str(folder / "step_*.npz"), window=3, out=out)
+  reports = tmp_path / "run.nc.part" / "reports.bin"
+  reports.unlink() if left is None else reports.write_bytes(reports.read_bytes()[:left])
+  shutil.copy(f"{os.path.dirname(files)}/step_{5 * EVERY}.npz", folder)
+  capsys.readouterr()
+  found = checkpoints.analyze(str(folder / "step_*.npz"), window=3, out=out)
+  assert "run.nc.part is damaged: beginning anew" in capsys.readouterr().err
   assert_same(found, checkpoints.analyze(files, window=3))
 
 
@@ -740,6 +781,39 @@ def test_series_that_make_no_record(tmp_path, files):
     checkpoints.analyze(files, window=3, transpose="(")
   with pytest.raises(ValueError, match="regular expressions to names"):
     checkpoints.analyze(files, window=3, groups={"(": "a"})
+
+
+@pytest.mark.parametrize("sketch", [None, sedjax.sketch.exact()])
+def test_rows_of_more_steps_than_reports_can_count(tmp_path, sketch):
+  """Each checkpoint is near enough to the one before, which is a copy of another."""
+  params = walk(6)
+  files = write(tmp_path, [*params[:3], params[2], *params[3:]])
+  steps = [i * 2**30 + i for i in range(7)]
+  with pytest.raises(
+    checkpoints.CheckpointError, match=r"step_20.npz .* a row of 2147483650 steps, from step 2147483650"
+  ):
+    checkpoints.analyze(files, window=3, sketch=sketch, steps=steps)
+  with pytest.raises(checkpoints.CheckpointError, match=r"step_5.npz .* give steps in a larger unit"):
+    checkpoints.analyze(files, window=3, steps=[2 * step for step in steps])
+
+
+def test_names_of_tensors_that_are_no_text(tmp_path):
+  header = json.dumps({"a\ud800.w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+  for step in range(4):
+    (tmp_path / f"step_{step}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+  with pytest.raises(checkpoints.CheckpointError, match=r"step_0.* tensor 'a\\ud800.w' has NUL or half of a character"):
+    checkpoints.analyze(str(tmp_path / "step_*"), window=3)
+
+
+def test_groups_have_the_names_that_a_live_record_gives(tmp_path):
+  path = "transformer/encoder/layers_10/self_attention/query_projection/kernel"
+  series = [{path: params["emb"]} for params in walk(5)]
+  config = sedjax.core.Config(3, groups=lambda path: path)
+  state = sedjax.core.init(config, series[0])
+  live = sedjax.core.group_names(sedjax.core.identity(state)[0])
+  found = checkpoints.analyze(write(tmp_path, series), window=3, groups=lambda path: path)
+  assert found.group.values.tolist() == ["all", *live[1:]]
+  assert len(live[1]) < len(path)
 
 
 def test_patterns_in_a_folder_with_brackets(tmp_path):
@@ -959,6 +1033,18 @@ def command(*words):
   return _analyze_cli.run(parser.parse_args([str(word) for word in words]))
 
 
+@pytest.mark.parametrize("given", [None, "", "cuda"])
+def test_command_takes_no_device_from_others(given, tmp_path, monkeypatch, capsys):
+  found = []
+  monkeypatch.setattr(jax.config, "update", lambda *change: found.append(change))
+  monkeypatch.delenv("JAX_PLATFORMS")
+  if given is not None:
+    monkeypatch.setenv("JAX_PLATFORMS", given)
+  assert command(tmp_path / "none*", "-o", tmp_path / "run.nc") == 1
+  assert found == ([] if given else [("jax_platforms", "cpu")])
+  assert "none*" in capsys.readouterr().err
+
+
 def test_command(tmp_path, files, record, capsys):
   import xarray as xr
 
@@ -1099,14 +1185,14 @@ def error_of(path):
   """What the reader says of a checkpoint, of which all tensors are read."""
   try:
     reader = _readers.open_checkpoint(path)
-  except _readers.ReadError as error:
+  except _reader.ReadError as error:
     return str(error)
   try:
     for name, info in reader.tensors.items():
       if info.dtype is not None:
         assert info.size < 10**6
         reader.read(name, 0, np.empty(info.size, info.dtype))
-  except _readers.ReadError as error:
+  except _reader.ReadError as error:
     return str(error)
   finally:
     reader.close()
@@ -1180,8 +1266,8 @@ def test_sketches_of_parts_are_those_of_the_whole(shape, dtype, plain, monkeypat
   dim, path = 64, "layer/w"
   sketch = sedjax.sketch.count(dim, seed=2)
   x = np.asarray(np.random.default_rng(0).normal(size=shape), dtype)
-  other = _selection.Leaf("other", _readers.TensorInfo((64, *shape[-1:]), x.dtype), None, 0)
-  leaf = _selection.Leaf(path, _readers.TensorInfo(shape, x.dtype), None, 0)
+  other = _selection.Leaf("other", _reader.TensorInfo((64, *shape[-1:]), x.dtype), None, 0)
+  leaf = _selection.Leaf(path, _reader.TensorInfo(shape, x.dtype), None, 0)
   selection = types.SimpleNamespace(config=types.SimpleNamespace(sketch=sketch), leaves=(leaf, other))
   sketcher = _leaves.Sketcher(selection)
   parts = sketcher.parts(leaf)

@@ -15,6 +15,7 @@ from sedjax import _keep
 
 WIDTH, LAYERS = 512, 6
 LEAF_BYTES = 4 * WIDTH**2
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def tree(lead=()):
@@ -176,9 +177,19 @@ def test_vmapped_steps_that_share_a_state(source):
     np.testing.assert_allclose(*rows, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("source", ["updates", "params"])
+@pytest.mark.parametrize(
+  ("source", "every", "dtype"),
+  [
+    ("updates", 1, "float64"),
+    ("updates", 2, "float32"),
+    ("params", 2, "float64"),
+    slow("updates", 1, "float32"),
+    slow("updates", 2, "float64"),
+    slow("params", 1, "float32"),
+    slow("params", 1, "float64"),
+    slow("params", 2, "float32"),
+  ],
+)
 def test_vmapped_steps_with_64_bits(source, every, dtype):
   tx = optax.chain(optax.sgd(0.1), sedjax.track_spectral_edge(3, source=source, every=every))
   with jax.enable_x64(True):
@@ -203,7 +214,7 @@ def test_no_seed_at_all(sketch):
 
 
 @pytest.mark.parametrize("source", ["updates", "params"])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, slow(True)])
 def test_second_derivatives_pass_through_a_scan(source, remat):
   """There JAX forgets the rule of a `custom_jvp`."""
   start = {"w": jnp.linspace(-1, 1, 6000).reshape(60, 100)}
@@ -244,8 +255,10 @@ def test_derivatives_pass(source):
   np.testing.assert_allclose(tangent, expected.sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("source", ["updates", "params"])
-@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+@pytest.mark.parametrize(
+  ("kind", "source"),
+  [("Explicit", "updates"), ("Auto", "params"), slow("Explicit", "params"), slow("Auto", "updates")],
+)
 def test_sharded_steps_report_what_one_device_does(kind, source):
   tx = optax.chain(optax.adamw(1e-2), sedjax.track_spectral_edge(3, source=source, sketch=sedjax.sketch.count(512)))
   mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType[kind],) * 2)
@@ -279,8 +292,10 @@ def test_sharded_steps_report_what_one_device_does(kind, source):
   assert got.count == expected.count > 3
 
 
-@pytest.mark.parametrize("source", ["updates", "params"])
-@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+@pytest.mark.parametrize(
+  ("kind", "source"),
+  [("Explicit", "params"), ("Auto", "updates"), slow("Explicit", "updates"), slow("Auto", "params")],
+)
 def test_vmapped_steps_with_a_seed_on_each_device(kind, source):
   tx = optax.chain(optax.adamw(1e-2), sedjax.track_spectral_edge(3, source=source, sketch=sedjax.sketch.count(512)))
   mesh = jax.make_mesh((8,), ("seed",), axis_types=(jax.sharding.AxisType[kind],))
