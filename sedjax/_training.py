@@ -12,8 +12,8 @@ _MODULE_KEYS = ("net", "network", "module")  # which modules have, too
 _TRAINING = re.compile(r"opt|sched|step|epoch|iter|rng|loss|scaler|stats")
 # A model may have any prefix, and only what no module is called tells: an optimizer's state, alone or of one of several
 # models, its moments, and, in front, averages of parameters and running statistics.
-_STATE = re.compile(r"(^|_)(optim(izer)?s?|opt_states?)(_|$)")
-_OPT = re.compile(r"(^|_)opt(_|$|[A-Z])")  # of an optimizer only where its moments follow
+_STATE = re.compile(r"(^|_)(optim(izer)?s?|opt_states?)(_|$|[A-Z0-9])")
+_OPT = re.compile(r"(^|_)opt(_|$|[A-Z0-9])")  # of an optimizer only where its moments follow
 _TORCH_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
 _BESIDE = re.compile(r"ema_(model|net|params|weights|state(_dict)?)|(model|net|params|weights)_ema|batch_stats")
 _BY_NAME = "outside of the model, as its name says"

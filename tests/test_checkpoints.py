@@ -492,6 +492,8 @@ def test_modules_that_are_named_as_training_states_are(names):
     "optG.state.0.exp_avg",
     "optimizer_d.state.0.exp_avg_sq",
     "critic_optim.0.momentum_buffer",
+    "optimizerD/0/mu/w",
+    "opt2/1/m/w",
   ],
 )
 def test_optimizers_of_several_models(state):
