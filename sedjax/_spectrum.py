@@ -34,7 +34,7 @@ class Rows(NamedTuple):
   gram: jax.Array  # float32[parts, G, n, n] of the rows divided by their scales
   scale: jax.Array  # float32[G, n], powers of two; 0 where there is no row
   dims: jax.Array  # float32[G, n], effective dimensions
-  steps: jax.Array  # int32[n], optimizer steps in each row
+  steps: jax.Array  # int32[n], optimizer steps in each row; negative where rounding may exceed 1 % of it
 
 
 def ratios_of(singular_values: jax.Array) -> jax.Array:
@@ -176,12 +176,13 @@ def report_window(
   spread = jnp.cumsum(relative**2, -1)
   k95 = jnp.sum(spread < np.float32(0.95) * spread[:, -1:], -1).astype(jnp.int32) + 1
   present = jnp.arange(window, dtype=jnp.int32) < filled
-  partial = jnp.any(present & (newest.steps != every))
+  partial = jnp.any(present & (jnp.abs(newest.steps) != every))
   bits = (
     jnp.where(usable, 0, int(Status.WINDOW_FILLING))
     + jnp.where(usable & (sigma[:, -1] < sigma[:, 0] * FLOOR), int(Status.BELOW_FLOOR), 0)
     + jnp.where(some & (dims < LOW_DIM) & (not exact), int(Status.LOW_EFFECTIVE_DIM), 0)
     + jnp.where(partial, int(Status.PARTIAL_ROW), 0)
+    + jnp.where(jnp.any(present & (newest.steps < 0)), int(Status.CANCELLATION), 0)
   )
   groups = sigma.shape[0]
 
@@ -204,7 +205,7 @@ def report_window(
     effective_dim=dims,
     phase=phase.phase,
     count=everywhere(count),
-    row_steps=everywhere(rows.steps[last]),
+    row_steps=everywhere(jnp.abs(rows.steps[last])),
     skipped_nonfinite=everywhere(jnp.int32(0)),
     skipped_zero=everywhere(jnp.int32(0)),
     status=bits.astype(jnp.int32),

@@ -37,7 +37,7 @@ class Status(enum.IntFlag):
     PARTIAL_ROW: a row of the window holds another number of steps than `every`.
     NONFINITE_SKIPPED: steps with NaN or infinite updates were left out.
     ZERO_SKIPPED: steps with exactly zero updates were left out.
-    CANCELLATION: rounding of differences of parameters may exceed 1 %.
+    CANCELLATION: the window has a row, a difference of parameters, of which rounding may exceed 1 %.
     UNTRACKED: some leaves hold no floats, or `groups` gave None for them.
     UNKNOWN_GROUP: there is no such group; all else in the report is void.
     MAP_CHANGED: rows of another sketch or tree share the window.
@@ -66,7 +66,7 @@ _WORDS = {
   Status.NONFINITE_SKIPPED: "Steps with NaN or infinite updates were left out.",
   Status.ZERO_SKIPPED: "Steps with exactly zero updates were skipped, as under gradient accumulation; if the tracker "
   "sits inside optax.MultiSteps it runs on each micro-step.",
-  Status.CANCELLATION: "The difference of parameters is so small that its rounding error may exceed 1 %.",
+  Status.CANCELLATION: "A difference of parameters is so small that its rounding error may exceed 1 %.",
   Status.UNTRACKED: "Some leaves are not tracked: they hold no floats, or `groups` returned None for them.",
   Status.UNKNOWN_GROUP: "The requested group does not exist, so every number here is void.",
   Status.MAP_CHANGED: "The rows in the state were made with another sketch, or from another tree, than this tracker's, "

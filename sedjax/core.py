@@ -149,13 +149,18 @@ def _first_state(
   return pack(parts, [_empty_report(w, (groups,)) for w in windows])
 
 
-def _push(config: Config, layout: Layout, state: Parts, row: Any, steps: jax.Array, extra: Any = 0) -> TrackerState:
-  """The state, but for its rows, with `row`, of `steps` steps, in the window, and its reports (with `extra` status)."""
+def _push(config: Config, layout: Layout, state: Parts, row: Any, steps: Any, lossy: Any = False) -> TrackerState:
+  """The state, but for its rows, with `row`, of `steps` steps, in the window, and its reports.
+
+  `lossy`: whether rounding may exceed 1 % of the row.
+  """
   column = gram_column(config, layout, state.rows, row, state.cursor, state.facts.scale)
-  return _enter(config, state, column, steps, extra)
+  return _enter(config, state, column, steps, lossy)
 
 
-def _enter(config: Config, state: Parts, gram_column: tuple[Any, Any, Any], steps: Any, extra: Any = 0) -> TrackerState:
+def _enter(
+  config: Config, state: Parts, gram_column: tuple[Any, Any, Any], steps: Any, lossy: Any = False
+) -> TrackerState:
   """As `_push`, of a row's Gram column, scales and dimensions."""
   slot = state.cursor
   facts = state.facts
@@ -167,7 +172,7 @@ def _enter(config: Config, state: Parts, gram_column: tuple[Any, Any, Any], step
     gram,
     jnp.where(here, scale[:, None], facts.scale),
     jnp.where(here, dims[:, None], facts.dims),
-    jnp.where(here, steps, facts.steps),
+    jnp.where(here, jnp.where(lossy, -steps, steps), facts.steps),
   )
   count = jnp.minimum(state.pushed, _INT_MAX - 1) + 1
   filled = jnp.minimum(state.filled + 1, config.slots)
@@ -186,7 +191,7 @@ def _enter(config: Config, state: Parts, gram_column: tuple[Any, Any, Any], step
       every=config.every,
       exact=config.exact,
     )
-    reports.append(report._replace(status=report.status | extra))
+    reports.append(report)
     windows.append(window_state)
   history = tuple(
     jax.tree.map(
@@ -302,8 +307,7 @@ def _observe_params(
       base=(),
     )
     row = jax.tree.map(lambda x: jnp.where(accept, x, 0), row)
-    extra = jnp.where(lossy, int(Status.CANCELLATION), 0)
-    pushed = _push(config, layout, counted, row, state.elapsed, extra)
+    pushed = _push(config, layout, counted, row, state.elapsed, lossy)
     waiting = packed._replace(counters=pack_counters(counted), base=())
     new = _choose(accept, pushed, waiting)
     return new._replace(base=_choose(keep, state.base, base)), row
@@ -392,8 +396,7 @@ def push_row(config: Config, state: TrackerState, row: Any, steps: Any, lossy: A
   parts = unpack(state)
   zero = jnp.max(jnp.abs(row)) == 0
   column = sketch_column(parts.rows, row, parts.cursor, parts.facts.scale)
-  extra = jnp.where(lossy, int(Status.CANCELLATION), 0)
-  pushed = _enter(config, parts, column, jnp.asarray(steps, jnp.int32), extra)
+  pushed = _enter(config, parts, column, jnp.asarray(steps, jnp.int32), lossy)
   waiting = without_rows(state)._replace(counters=pack_counters(parts._replace(zero=parts.zero + 1)))
   new = _choose(zero, waiting, pushed)
   return new._replace(rows=_write(parts.rows, parts.cursor, row, new))

@@ -133,6 +133,18 @@ def test_rows_of_parameters(sketch, every):
       assert reports.row_steps[step] == rows[-1][1]
 
 
+def test_cancellation_is_told_while_the_row_is_in_the_window():
+  rng = np.random.default_rng(0)
+  moves = 1e4 * rng.normal(size=(9, 300, 40))
+  moves[2] = 1e-3 * rng.normal(size=(300, 40)) * (np.arange(300) == 0)[:, None]  # of numbers near 1 beside 1e6
+  start = np.where(np.arange(300)[:, None] == 0, 1, 1e6) * np.ones(40)
+  moves[:, 0] *= np.where(np.arange(9) == 2, 1, 1e-6)[:, None]
+  path = (start + np.concatenate([np.zeros((1, 300, 40)), np.cumsum(moves, 0)])).astype(np.float32)
+  _, reports = run(_tracker(4, 1, COUNT, source="params"), path, path)
+  assert (np.asarray(reports.status) & int(Status.CANCELLATION) > 0).tolist() == [False] * 3 + [True] * 4 + [False] * 3
+  assert np.asarray(reports.row_steps).tolist() == [0] + [1] * 9
+
+
 @pytest.mark.parametrize("relative", [1e-2, 1e-4, 1e-6, 3e-8])
 def test_cancellation_is_small_or_told(relative):
   """Differences of sketched float32 parameters: the row is right to 1 %, or the status says that it may not be."""
