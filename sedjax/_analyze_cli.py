@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _leave_accelerators_alone() -> None:
   """Computes on the CPU unless `JAX_PLATFORMS` says otherwise.
 
-  JAX takes hold of each device that it finds, TPUs whole and GPUs with three quarters of their memory: of those on
-  which another program may train, for what the disk is slower than anyway.
+  JAX takes hold of each device that it finds, of TPUs whole, of GPUs with three quarters of their memory, although
+  another program may train there.
   """
   if not os.environ.get("JAX_PLATFORMS"):
     import jax

@@ -169,8 +169,7 @@ def _reports_of_gram(
     products = np.zeros((gram.shape[0], config.slots))
     products[:, : len(near)] = gram[:, row, [row - other for other in near]]
     energy = gram[:, row, 0]
-    some = fourth[:, row] > 0
-    dims = np.where(some, exact_dim(energy, np.where(some, fourth[:, row], 1)), 0)
+    dims = exact_dim(energy, fourth[:, row])
     state = core.push_gram(config, state, products, dims, steps_since(entry, base_step))
     if moved:
       rows, base_step = near, entry.step

@@ -10,8 +10,9 @@ import numpy as np
 _DRAWS = 200
 # Ratios are compared with the mean of noise plus so many standard deviations, both of the logarithm.
 ENTER, LEAVE = 7.0, 4.5
-# Dimensions at which noise is simulated: few, multiples of the window, where some more change much, then powers of two.
-_FEW, _MULTIPLES, _POWERS = 12, (1.25, 1.6, 2, 2.8, 4), 2.0 ** np.arange(6, 33, 2)
+# Dimensions at which noise is simulated: the fewest each, then fewer and fewer up to a window's rows; multiples of the
+# window, where some more change much; and powers of two.
+_EACH, _BETWEEN, _MULTIPLES, _POWERS = 12, 6, np.asarray([1.25, 1.6, 2, 2.8, 4]), 2.0 ** np.arange(6, 33, 2)
 # Through d dimensions noise has no more than d singular values, and from a row's numbers d is known within a half.
 _RANK, _NEVER = 1.5, np.log(1e3)  # of ratios that are held to at most 1 / FLOOR, so that this is never reached
 
@@ -44,9 +45,9 @@ def noise_ratios(window: int, momentum: float, every: int) -> tuple[np.ndarray, 
   """
   rng = np.random.default_rng(0)
   factor = np.linalg.cholesky(row_covariance(window, momentum, every))
-  fewer = np.ceil(np.geomspace(1, window, min(window, _FEW)))
-  few = [*fewer, *range(1, min(window, _FEW) + 1), window + 1, *np.ceil(window * np.asarray(_MULTIPLES))]
-  dims = np.unique([*few, *_POWERS[_POWERS > few[-1]]])
+  each = np.arange(1, min(window, _EACH))
+  few = np.concatenate([each, np.geomspace(min(window, _EACH), window, _BETWEEN), [window + 1], window * _MULTIPLES])
+  dims = np.unique(np.ceil([*few, *_POWERS[_POWERS > few[-1]]]))
   means, deviations = np.full((2, dims.size, window - 1), [[[_NEVER]], [[0]]])
   lower = np.tril(np.ones((window, window)), -1)
   for i, dim in enumerate(dims):

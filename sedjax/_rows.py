@@ -241,9 +241,9 @@ def sketch_column(rows: Any, row: Any, slot: jax.Array, scales: jax.Array) -> tu
 def exact_dim(energy: Any, fourth: Any) -> Any:
   """The dimension that rows have of which all numbers are known, from the sums of their squares and fourth powers.
 
-  Of n normal numbers of one variance it is about n, of one that outweighs the others 1.
+  Of n normal numbers of one variance it is about n, of one that outweighs the others 1, of zeros 0.
   """
-  return 3 * energy**2 / fourth - 2
+  return 3 * energy**2 / (fourth + (fourth == 0)) - 2 * (fourth > 0)
 
 
 def _exact_column(
@@ -280,7 +280,7 @@ def _exact_column(
     column, sums = jnp.stack([jnp.stack(highs), jnp.stack(lows)]), jnp.stack(sums)
     if layout.axes:
       column, sums = _gram.psum_pairs(column, sums, layout.axes)
-    return column, scale, exact_dim(sums[:, 0], jnp.maximum(sums[:, 1], 1e-30))
+    return column, scale, exact_dim(sums[:, 0], sums[:, 1])
 
   ring, new = ([leaves[i] for i in tracked] for leaves in map(jax.tree.leaves, (rows, row)))
   return _locally(layout, local, [ring, new], slot, scales)

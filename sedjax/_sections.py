@@ -33,6 +33,7 @@ _MANY_SPANS, _MANY_SEEDS = 12, 16
 
 
 def summary(facts: Facts) -> str:
+  """What happened, in a few sentences."""
   return f'<div class="lead">{"".join(f"<p>{escape(sentence)}</p>" for sentence in _headlines(facts))}</div>'
 
 
@@ -96,6 +97,7 @@ def _seed_words(spans: list[Span]) -> str:
 
 
 def phase_section(facts: Facts) -> str:
+  """The phases of each seed, and whether the seeds agree."""
   shown = facts.seeds[:_MANY_SEEDS]
   items = "".join(
     f"<li>{f'<b>Seed {escape(seed)}.</b> ' if len(facts.seeds) > 1 else ''}{escape(_seed_words(spans))}</li>"
@@ -149,6 +151,7 @@ def _agreement(facts: Facts) -> str:
 
 
 def edge_section(facts: Facts) -> str:
+  """How high the ratio rose above noise, where the edge was, and what stayed ambiguous."""
   if not facts.filled.any():
     return f"<h2>The edge, and how sure it is</h2><p>{facts.why_no_edge}: there is no edge to speak of.</p>"
   sums = facts.sums
@@ -219,6 +222,7 @@ def _ambiguity(facts: Facts) -> str:
 
 
 def spectrum_section(facts: Facts) -> str:
+  """All singular values over time; empty where the record has none."""
   if "singular_values" not in facts.first:
     return ""
   picture = figure(
@@ -230,6 +234,7 @@ def spectrum_section(facts: Facts) -> str:
 
 
 def series_section(facts: Facts) -> str:
+  """The user's series, each with a picture, and events; empty where there are none."""
   names, happened = _plot_data.series_names(facts.chosen), _plot_data.events_of(facts.chosen)
   if not names and not happened:
     return ""
@@ -272,6 +277,7 @@ def series_section(facts: Facts) -> str:
 
 
 def group_section(facts: Facts) -> str:
+  """A table of all groups and windows, and a picture of groups where there are several."""
   sums, rows = facts.sums, []
   for g, group in enumerate(facts.groups):
     for w, window in enumerate(facts.windows):
@@ -308,6 +314,7 @@ def group_section(facts: Facts) -> str:
 
 
 def fidelity_section(facts: Facts) -> str:
+  """How good the sketch was; empty where the record does not say."""
   if "effective_dim" not in facts.chosen:
     return ""
   if facts.exact:
@@ -321,6 +328,7 @@ def fidelity_section(facts: Facts) -> str:
 
 
 def provenance_section(facts: Facts) -> str:
+  """The record's attributes, and which are lacking."""
   rows = [[escape(key), folded(value)] for key, value in facts.attrs.items()]
   lacking = [key for key in ("sketch", "every", "momentum", "source") if key not in facts.attrs]
   odd = [key for key in ("every", "momentum") if key in facts.attrs and getattr(facts, key) is None]
@@ -334,6 +342,7 @@ def provenance_section(facts: Facts) -> str:
 
 
 def warning_box(notes: list[tuple[str, str]]) -> str:
+  """Warnings, by title and text, or that there are none."""
   if not notes:
     return '<section class="note ok"><h2>No warnings</h2><p>Nothing in this record asks for caution.</p></section>'
   items = "".join(f"<li><b>{escape(title)}</b> {escape(text)}</li>" for title, text in notes)

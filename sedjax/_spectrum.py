@@ -103,6 +103,24 @@ def _of_slots(rows: Rows, slots: jax.Array) -> Rows:
   return jax.lax.platform_dependent(rows, slots, tpu=of(_selected), default=of(_gathered))
 
 
+def _follow(
+  rows: Rows, before: jax.Array, weights: jax.Array, order: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The leading direction by slot [G, n], its inner products with the scaled rows [G, n], and 1 - |cos| with `before`.
+
+  `weights` [G, W] are those of the newest row to the oldest.
+  """
+  window = weights.shape[-1]
+  age = (order[0] - jnp.arange(order.shape[0], dtype=jnp.int32)) % order.shape[0]  # by slot
+  direction = jnp.where(age < window, _taken(weights, jnp.minimum(age, window - 1)), 0)
+  projections = jnp.einsum("gij,gj->gi", rows.gram[0], direction, precision=jax.lax.Precision.HIGHEST)
+  sign = jnp.where((projections * before).sum(-1) < 0, -1, 1).astype(jnp.float32)
+  # As half of a squared distance, which keeps its digits when the directions nearly agree.
+  change = direction - sign[:, None] * before
+  turning = jnp.einsum("gi,gij,gj->g", change, rows.gram[0], change, precision=jax.lax.Precision.HIGHEST) / 2
+  return direction, projections, turning
+
+
 @functools.partial(jax.jit, static_argnames=("window", "k_max", "momentum", "every", "exact"), inline=True)
 def report_window(
   rows: Rows,
@@ -162,13 +180,7 @@ def report_window(
 
   sigma_1 = jnp.where(some, relative[:, 0], 1)
   weights = jnp.where(some[:, None], leading * shrink / sigma_1[:, None], 0)  # of the scaled rows
-  age = (order[0] - jnp.arange(order.shape[0], dtype=jnp.int32)) % order.shape[0]  # by slot
-  direction = jnp.where(age < window, _taken(weights, jnp.minimum(age, window - 1)), 0)
-  projections = jnp.einsum("gij,gj->gi", rows.gram[0], direction, precision=jax.lax.Precision.HIGHEST)
-  sign = jnp.where((projections * state.direction).sum(-1) < 0, -1, 1).astype(jnp.float32)
-  # 1 - |cos| as half of a squared distance, which keeps its digits when the directions nearly agree.
-  change = direction - sign[:, None] * state.direction
-  turning = jnp.einsum("gi,gij,gj->g", change, rows.gram[0], change, precision=jax.lax.Precision.HIGHEST) / 2
+  direction, projections, turning = _follow(rows, state.direction, weights, order)
   last = order[0]
   norm = jnp.sqrt(jnp.maximum(rows.gram[0][:, last, last], 0))
   alignment = jnp.abs(projections[:, last]) / jnp.where(norm > 0, norm, 1)

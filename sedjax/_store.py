@@ -73,6 +73,8 @@ class Store:
       with np.load(self.folder / _STATE) as file:
         saved = dict(file)
       same = saved.pop("identity").tobytes().decode() == self._identity
+      size = int(saved.pop("reported"))
+      same = same and (not size or os.path.getsize(self.folder / _REPORTS) >= size)
     except Exception:  # whatever a damaged file raises
       same, saved = False, {}
     if not same:
@@ -86,30 +88,28 @@ class Store:
     if self.folder is None:
       self._reports += b"".join(reports)
       return
+    size = (first - 1) * len(reports[0]) if reports else 0  # of the reports before
     with writing(self.folder):
       self.folder.mkdir(parents=True, exist_ok=True)
       if reports:
         with open(self.folder / _REPORTS, "ab") as file:
-          if file.tell() < (first - 1) * len(reports[0]):
+          if file.tell() < size:
             raise CheckpointError(
               f"sedjax analyze: {self.folder} was emptied, perhaps by another analysis of the same checkpoints; run "
               "one at a time."
             )
-          file.truncate((first - 1) * len(reports[0]))
-          file.write(b"".join(reports))
+          file.truncate(size)
+          size += file.write(b"".join(reports))
           _flush(file)
       packed = io.BytesIO()
-      np.savez(packed, identity=np.frombuffer(self._identity.encode(), np.uint8), **arrays)
+      np.savez(packed, identity=np.frombuffer(self._identity.encode(), np.uint8), reported=size, **arrays)
       _replace(self.folder / _STATE, packed.getvalue())
 
-  def reports(self, size: int) -> bytes | None:
-    """The first `size` bytes of reports; None where there are fewer."""
-    if self.folder is None or not size:
+  def reports(self, size: int) -> bytes:
+    """The first `size` bytes of reports."""
+    if self.folder is None:
       return self._reports[:size]
-    with contextlib.suppress(FileNotFoundError), open(self.folder / _REPORTS, "rb") as file:
-      found = file.read(size)
-      return found if len(found) == size else None
-    return None
+    return (self.folder / _REPORTS).read_bytes()[:size] if size else b""
 
   def remove(self) -> None:
     """Removes what this class wrote, and the folder where that leaves it empty."""

@@ -270,18 +270,16 @@ def sketch_series(
   if saved is not None:
     # Checkpoints that were read must still be there; later ones may have come.
     read = json.loads(saved["read"].tobytes())
-    size = len(_to_bytes(tracker.blank))
-    stored = store.reports((len(read) - 1) * size)
-    if stored is None:
-      print(f"{store.folder} is damaged: beginning anew", file=sys.stderr)
-    elif read != [signature_of(entry) for entry in series[: len(read)]]:
-      print(f"{store.folder}: the checkpoints that were read have changed; beginning anew", file=sys.stderr)
-    else:
+    if read == [signature_of(entry) for entry in series[: len(read)]]:
       tracker.restore(saved)
       done, base, base_step = len(read), saved["base"], int(saved["base_step"])
       print(f"going on after step {series[done - 1].step}", file=sys.stderr)
+    else:
+      print(f"{store.folder}: the checkpoints that were read have changed; beginning anew", file=sys.stderr)
+  if done:
+    size = len(_to_bytes(tracker.blank))
+    stored = store.reports((done - 1) * size)
     for i in range(1, done):
-      assert stored is not None
       yield i, _from_bytes(stored[(i - 1) * size : i * size], tracker.blank)
   signatures = [signature_of(entry) for entry in series[:done]]
   waiting: collections.deque[_Sketched] = collections.deque()

@@ -62,8 +62,10 @@ def model_keys(tree: Any, is_tensor: Any, anywhere: bool) -> tuple[str, ...] | N
 
 def _shows_training(key: str, value: Any, is_tensor: Any) -> bool:
   """Whether what lies beside a model belongs to training: modules may be named so, too, but have other tensors."""
+  if not _TRAINING.search(key):
+    return False
   held = [names for names, leaf in flatten(value, (key,)) if len(names) > 1 and is_tensor(leaf)]
-  return _TRAINING.search(key) is not None and (not held or any(map(_is_state, held)))
+  return not held or any(map(_is_state, held))
 
 
 def within(names: tuple[str, ...], inside: tuple[str, ...] | None) -> tuple[tuple[str, ...], str]:

@@ -338,12 +338,15 @@ class Recorder:
         raise ValueError(f"sedjax.record: the state holds {seeds} seeds, but seeds={self._seeds} names others.")
       if self._given is not None and shape[-2:] != (len(self._given[1]), len(self._given[0])):
         raise ValueError(f"sedjax.record: reports of shape {shape} do not fit the groups and windows {self._given}.")
-      told = tuple(self._given[0]) if self._given is not None else self._config.windows if self._tracked else windows
-      if windows is not None and windows != told:
-        raise ValueError(
-          f"sedjax.record: the state's windows are {windows}, {'tracker' if self._given is None else 'windows'}= says "
-          f"{told}; pass the arguments that track_spectral_edge was given."
-        )
+      told: dict[str, tuple[int, ...]] = {"tracker": self._config.windows} if self._tracked else {}
+      if self._given is not None:
+        told["windows"] = tuple(self._given[0])
+      for argument, sizes in told.items():
+        if windows is not None and windows != sizes:
+          raise ValueError(
+            f"sedjax.record: the state's windows are {windows}, {argument}= says {sizes}; pass the arguments that "
+            "track_spectral_edge was given."
+          )
       if self._layout is None:
         self._check_seeds({"the state": seeds})
       numbers = {"seeds": seeds, "groups": shape[-2], "windows": shape[-1]}

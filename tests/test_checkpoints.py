@@ -636,7 +636,7 @@ def test_an_analysis_whose_reports_are_damaged_begins_anew(tmp_path, files, caps
   shutil.copy(f"{os.path.dirname(files)}/step_{5 * EVERY}.npz", folder)
   capsys.readouterr()
   found = checkpoints.analyze(str(folder / "step_*.npz"), window=3, out=out)
-  assert "run.nc.part is damaged: beginning anew" in capsys.readouterr().err
+  assert "run.nc.part belongs to another analysis, or is damaged: beginning anew" in capsys.readouterr().err
   assert_same(found, checkpoints.analyze(files, window=3))
 
 
