@@ -5,8 +5,8 @@
 It makes a series of checkpoints of GPT-2's 124 M float32 parameters by a random walk with a drift, as many as leave an
 eighth of the disk free, analyses them, and deletes them. Each way runs in a process of its own:
 
-- read: every tensor is read into the same buffer and summed; nothing else. Twice, before and after the others.
-- sketch: `sedjax.checkpoints.analyze` with the default sketch; exact: the same with `sketch.exact()`.
+- read: every tensor is read into the same buffer and summed; nothing else. Before and after each of the others.
+- sketch: the command `sedjax analyze` with the default sketch; exact: the same with `--sketch exact`.
 - load all: the peers' way, all differences in memory as float32 and their N × N inner products; of as many checkpoints
   as fit into a third of the memory that is free.
 
@@ -43,8 +43,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WINDOW, DIM = 10, 16384
 CHECKPOINTS, TREE = 24, "gpt2_124m"
 SMOKE_CHECKPOINTS, SMOKE_TREE = 12, "gpt_220k"
-# What it must reach.
 ROUNDS = 3  # of the sketch, each between two readings; the median counts
+# What it must reach.
 MOST_BYTES, MOST_RATIO, MOST_EXACT_ERROR = 1.2e9, 1.8, 1e-4
 
 
@@ -98,15 +98,24 @@ def make(folder: Path, count: int, tree: str) -> None:
 # ---- the ways, each in a process of its own ----
 
 
-def analysis(folder: Path, kind: str) -> dict[str, Any]:
-  import sedjax
-  from sedjax import checkpoints
+def analysis(folder: Path, sketch: str) -> dict[str, Any]:
+  """What a user types, and where the record then is."""
+  from sedjax import __main__
 
-  sketch = sedjax.sketch.exact() if kind == "exact" else sedjax.sketch.count(DIM)
-  pattern = str(folder / "step_*" / "model.safetensors")
-  record = checkpoints.analyze(pattern, window=WINDOW, sketch=sketch, out=folder / f"{kind}.nc")
-  found = record.isel(seed=0, window=0, group=0)
-  return {name: found[name].values.astype(float).tolist() for name in ("singular_values", "effective_dim")}
+  out = folder / f"{sketch.partition(':')[0]}.nc"
+  command = ["analyze", str(folder / "step_*" / "model.safetensors"), "-o", str(out)]
+  if __main__.main([*command, "--window", str(WINDOW), "--sketch", sketch]):
+    raise SystemExit("the analysis failed")
+  return {"record": str(out)}
+
+
+def reported(record: str) -> dict[str, Any]:
+  """What the record says that is compared with the oracle."""
+  import sedjax.record
+
+  with sedjax.record.open_record(record) as opened:
+    found = opened.isel(seed=0, window=0, group=0)
+    return {name: found[name].values.astype(float).tolist() for name in ("singular_values", "effective_dim")}
 
 
 def read_all(folder: Path) -> dict[str, Any]:
@@ -180,7 +189,7 @@ def oracle(folder: Path) -> dict[str, Any]:
 
 WAYS: dict[str, Callable[[Path], dict[str, Any]]] = {
   "read": read_all,
-  "sketch": lambda folder: analysis(folder, "sketch"),
+  "sketch": lambda folder: analysis(folder, f"count:{DIM}"),
   "exact": lambda folder: analysis(folder, "exact"),
   "load all": load_all,
   "oracle": oracle,
@@ -197,8 +206,6 @@ def in_process(way: str, folder: Path, warm: bool = True) -> dict[str, Any]:
   command = [sys.executable, str(Path(__file__).resolve()), "--way", way, "--folder", str(folder)]
   # The threads of NumPy's BLAS spin for minutes where another process wants the cores: the peers are spared that.
   environment = os.environ | ({"OPENBLAS_NUM_THREADS": "1"} if way in ("oracle", "load all") else {})
-  # As `sedjax analyze` does: where libtpu is installed, JAX would look for TPUs for half a second.
-  environment = {"JAX_PLATFORMS": "cpu"} | environment
   done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
   if done.returncode:
     raise SystemExit(f"{way} failed:\n{done.stderr}")
@@ -252,6 +259,7 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     found = WAYS[args.way](args.folder)
     found["seconds"] = time.perf_counter() - start
+    found |= reported(found.pop("record")) if "record" in found else {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(json.dumps({**found, "peak_bytes": peak}))
     return

@@ -12,7 +12,7 @@ from typing import Any
 from sedjax._dataset import storable
 
 INTERRUPTED = 130  # as shells count
-# Of a sketch: 64 MiB a row. Its error falls as √(2/d), and is then 0.03 %.
+# Of a sketch: 64 MiB a row. The error of a ratio falls as 1/√d, and is then 0.024 %.
 _LARGEST_DIM = 2**24
 
 DESCRIPTION = "Computes singular values, spectral edge and phases from a series of checkpoints, one tensor at a time."
@@ -60,21 +60,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--transpose", metavar="REGEX", help="tensors, by their changed paths, that have PyTorch's order (out, in, …)")
 
 
-def _leave_accelerators_alone() -> None:
-  """Computes on the CPU unless `JAX_PLATFORMS` says otherwise.
+def _configure_jax() -> None:
+  """Settings that a process of our own can have: the CPU alone, unless `JAX_PLATFORMS` says otherwise, at once.
 
   JAX takes hold of each device that it finds, of TPUs whole, of GPUs with three quarters of their memory, although
-  another program may train there.
+  another program may train there. And each tensor that it would sketch in another thread than the one that read it
+  would wait for that thread, and leave its core's cache.
   """
-  if not os.environ.get("JAX_PLATFORMS"):
-    import jax
+  import jax
 
+  if not os.environ.get("JAX_PLATFORMS"):
     jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def run(args: argparse.Namespace) -> int:
   """Runs the subcommand; returns the exit code."""
-  _leave_accelerators_alone()
+  _configure_jax()
   try:
     from sedjax import checkpoints
 

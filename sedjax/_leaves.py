@@ -17,7 +17,7 @@ import numpy as np
 from sedjax._compile import COMPILERS, ROW_OPTIONS, known
 from sedjax._count import WIDE, Hashes, Piece, row_signs
 from sedjax._selection import Leaf, Selection, aligned
-from sedjax._strided import chunk_sums
+from sedjax._strided import chunk_sums, stride_of
 from sedjax.sketch import Count, as_real
 
 _PLAIN = 2**18  # numbers of tensors that NumPy sketches, in less time than it takes to compile for them
@@ -44,12 +44,12 @@ def _compiled_whole(sketch: Any, axes: Any, shape: tuple[int, ...], dtype: np.dt
 
 
 @functools.lru_cache(maxsize=512)
-def _compiled_chunk(rows: int, columns: int, dtype: np.dtype, per_bucket: int) -> concurrent.futures.Future[Any]:
-  """The function that sums the rows of each bucket over a part of a tensor, being compiled by a thread."""
+def _compiled_chunk(rows: int, columns: int, dtype: np.dtype, stride: int) -> concurrent.futures.Future[Any]:
+  """The function that sums each `stride` rows of a part of a tensor, being compiled by a thread."""
 
   def program() -> Any:
     with jax.enable_x64(True):
-      function = functools.partial(chunk_sums, per_bucket=per_bucket)
+      function = functools.partial(chunk_sums, stride=stride)
       call = jax.jit(function, compiler_options=known(**ROW_OPTIONS))
       # A call, since what `compile` returns takes ten times as long to be called as a jitted function.
       x = aligned(rows * columns, dtype).reshape(rows, columns)
@@ -67,7 +67,8 @@ class _Way(NamedTuple):
   per_bucket: int
   buckets: int
   offset: int
-  chunk: int  # rows that one call of a compiled function sums; 0 where NumPy sums all
+  stride: int  # rows of a bucket that a compiled function sums
+  chunk: int  # rows that one call of it sums; 0 where NumPy sums all
 
 
 class Part(NamedTuple):
@@ -99,13 +100,15 @@ class Sketcher:
         continue
       columns = leaf.columns
       plan = self._sketch.plan(leaf.path, leaf.shape)
-      way = _Way(leaf.path, (plan.rows, columns), plan.per_bucket, plan.buckets, plan.offset, 0)
+      stride = stride_of(leaf.dtype, plan.per_bucket, WIDE)
+      way = _Way(leaf.path, (plan.rows, columns), plan.per_bucket, plan.buckets, plan.offset, stride, 0)
       self._ways[leaf.path] = way
       if leaf.info.size > _PLAIN and plan.rows >= _BLOCK:
-        alike[columns, leaf.dtype, plan.per_bucket].append(way)
-    for (columns, dtype, per_bucket), ways in alike.items():
+        # By the rows of a bucket, too: of larger tensors chunks are larger.
+        alike[columns, leaf.dtype, stride, plan.per_bucket].append(way)
+    for (columns, dtype, stride, _), ways in alike.items():
       chunk = _chunk_rows([way.shape[0] for way in ways], columns)
-      _compiled_chunk(chunk, columns, dtype, per_bucket)
+      _compiled_chunk(chunk, columns, dtype, stride)
       self._ways |= {way.path: way._replace(chunk=chunk) for way in ways}
 
   def parts(self, leaf: Leaf) -> list[Part]:
@@ -133,10 +136,12 @@ class Sketcher:
     x = array.reshape(-1, columns)
     if part.rows == way.chunk:
       hashes = _hashes(self._sketch, way.path, way.shape)
-      call = _compiled_chunk(way.chunk, columns, x.dtype, way.per_bucket).result()
+      call = _compiled_chunk(way.chunk, columns, x.dtype, way.stride).result()
       keys = hashes.rows[part.start // _BLOCK : (part.start + part.rows) // _BLOCK]
       with jax.enable_x64(True):
         sums = np.asarray(call(x, keys, hashes.columns))
+      if way.stride < way.per_bucket:
+        sums = sums.reshape(-1, way.per_bucket // way.stride, columns).sum(1)
     else:
       signs = (_signs if x.size <= _KEPT else _signs.__wrapped__)(self._sketch, way.path, way.shape, part.start)
       sums = np.multiply(signs, x if x.dtype.kind == "f" else x.astype(np.float64), dtype=np.float64)

@@ -28,7 +28,6 @@ from sedjax._count import (
   plan_of,
   shared_zero_of,
   sum_dtype,
-  zero_of,
   zero_of_each,
 )
 from sedjax._small import is_small, lots, small_row
@@ -64,28 +63,22 @@ def _strided_sums(
   return flip(functools.reduce(jnp.add, sums), sign)
 
 
-def _stride(x: jax.Array, per_bucket: int, part: int | None, gpu: bool = False) -> int:
-  """How many rows one kernel sums."""
+def stride_of(dtype: Any, per_bucket: int, part: int | None, gpu: bool = False) -> int:
+  """How many rows of a bucket one kernel sums."""
   if gpu:  # all, since each kernel takes some microseconds to start
     return per_bucket
   # 16 streams are as many as prefetchers follow, and code for 16 compiles fast. XLA repeats what is done to every slice
   # in the kernel up to 15 times; more often, it would store the whole leaf.
-  return min(16 if part in (None, WIDE) and x.dtype == jnp.float32 else 8, per_bucket)
+  return min(16 if part in (None, WIDE) and dtype == jnp.float32 else 8, per_bucket)
 
 
-def chunk_sums(x: jax.Array, keys: Any, columns: Any, *, per_bucket: int) -> jax.Array:
-  """float64[m / per_bucket, n]: sums of the signed rows of each bucket, of the rows [m, n] of a leaf that have `keys`.
+def chunk_sums(x: jax.Array, keys: Any, columns: Any, *, stride: int) -> jax.Array:
+  """float64[m / stride, n]: sums of `stride` signed rows each, of the rows [m, n] of a leaf that have `keys`.
 
   It has to be called where float64 is enabled; m is a multiple of 32, and so is the number of rows before.
   """
-  stride = _stride(x, per_bucket, WIDE)
   count = x.shape[0] // stride
-  sums = _strided_sums(x, keys, columns, jnp.float32(1), row=0, count=count, stride=stride, part=WIDE)
-  if stride == per_bucket:
-    return sums
-  shape = (x.shape[0] // per_bucket, per_bucket // stride, x.shape[1])
-  apart = _apart(zero_of(x[0, 0].astype(jnp.float32)))
-  return lax.cond(apart, lambda sums: sums.reshape(shape).sum(1), lambda sums: sums[: shape[0]], sums)
+  return _strided_sums(x, keys, columns, jnp.float32(1), row=0, count=count, stride=stride, part=WIDE)
 
 
 def aligned(piece: Piece) -> bool:
@@ -179,7 +172,7 @@ def _strided_terms(piece: Piece, plan: Plan, group: int, dim: int, part: Any, gr
     bits = mix(keys[row // HASH_ROWS][:, None] ^ columns) << (np.uint32(31) - row % np.uint32(HASH_ROWS))[:, None]
     yield term(lambda _: _signed(x, bits & SIGN, grid, part=part), (0, 0))
     return
-  stride = _stride(x, plan.per_bucket, part, gpu)
+  stride = stride_of(x.dtype, plan.per_bucket, part, gpu)
   whole = plan.rows // plan.per_bucket
   most = max(1, _ALIVE * max(16, stride) // (plan.per_bucket * plan.buckets * plan.columns)) * plan.buckets
   parts = plan.per_bucket // stride
