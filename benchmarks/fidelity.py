@@ -69,17 +69,14 @@ Rows = dict[str, np.ndarray]  # by the leaf's path: float32[rows, *leaf.shape]
 class Sketched(sedjax.sketch.Count):
   """Takes rows that are sketched already.
 
-  A sketch's seed is a constant of the compiled program. With the sketch taken out, one program of the library's own
-  makes the reports of every draw.
+  A sketch's seed is a constant of the compiled program. Of a vector with as many numbers as the sketch has, each is
+  moved and given a sign, which changes no inner product: so one program of the library's own makes the reports of every
+  draw.
   """
 
   @property
   def sketch_id(self) -> tuple[int, int, int, int]:
     return (0, 0, self.seed, self.dim)
-
-  def apply(self, path: str, leaf: jax.Array) -> jax.Array:
-    del path
-    return leaf
 
 
 def record(settings: modular.Settings, decay: float, file: Path, console: Console) -> tuple[Rows, int | None]:

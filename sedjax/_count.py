@@ -4,7 +4,7 @@ A leaf is m rows by n columns (its trailing axis; a vector is one row). The sign
 a 32-bit hash of (path, row div 32, column, seed); its bucket is ((row div p) mod g, column), where p <= 32 rows share a
 bucket; the g bucket rows lie one after the other from a hashed offset on, folded into d.
 
-*Strided* (in `_strided`), for whole leaves on one CPU or GPU: every p rows are summed in one elementwise kernel, that
+*Strided* (in `_strided`), for whole leaves on one CPU or GPU: up to p rows are summed in one elementwise kernel, that
 reads them as strided slices and makes one hash for them; what remains to be added up is a small fraction of the leaf.
 Small leaves are signed and placed as one there (`_small`).
 *Indexed* (in `_indexed`), for TPU and for leaves or blocks of leaves that are sharded: signs are made from the indices

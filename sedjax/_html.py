@@ -14,6 +14,7 @@ import numpy as np
 
 from sedjax import _drawing
 from sedjax._types import Phase
+from sedjax._words import counted
 
 _LONGEST = 50_000  # characters of an attribute
 _FEW = 5  # columns of a table that a telephone has room for
@@ -45,11 +46,6 @@ def percent(part: float, whole: float = 1) -> str:
   if 0 < share < 1:
     return "under 1\u00a0%"
   return "over 99\u00a0%" if 99 < share < 100 else f"{share:.0f}\u00a0%"
-
-
-def counted(count: int, what: str) -> str:
-  """A number of things, in words."""
-  return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def steps_text(count: int) -> str:

@@ -32,9 +32,9 @@ def check_record(found: xr.Dataset, name: str) -> None:
   lacking = [key for key in record.DIMS if key not in found.dims or key not in found.coords]
   lacking += [key for key in NEEDED if key not in found.data_vars]
   if lacking:
-    raise ValueError(f"{name} is no record of sedjax: it lacks {', '.join(lacking)}.")
+    raise ValueError(f"sedjax report: {name} is no record of sedjax: it lacks {', '.join(lacking)}; give a whole one.")
   if not all(found.sizes[dim] for dim in record.DIMS):
-    raise ValueError(f"{name} holds no rows.")
+    raise ValueError(f"sedjax report: {name} holds no rows; record at least one.")
 
 
 def write_page(
@@ -95,7 +95,7 @@ def make_page(source: xr.Dataset, *, name: str = "record", window: int | None = 
     group = record.WHOLE if record.WHOLE in groups else groups[0]
   for what, label, labels in (("window", window, windows), ("group", group, groups)):
     if label not in labels:
-      raise ValueError(f"The record has no {what} {label!r}; it has {', '.join(map(str, labels))}.")
+      raise ValueError(f"sedjax report: the record has no {what} {label!r}; it has {', '.join(map(str, labels))}.")
   try:
     facts = Facts(source, name, window, group)
   except OSError as error:  # which HDF5 raises without a name of the file

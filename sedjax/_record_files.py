@@ -65,7 +65,7 @@ def open_file(path: Path) -> _netcdf.Stored:
         f"sedjax.record: {path} is not a record; those are written by sedjax.record.Recorder and by sedjax analyze."
       )
     if missing := [name for name in FIELDS if name not in stored.file]:
-      raise ValueError(f"sedjax.record: {path} is not a whole record, it lacks {', '.join(missing)}.")
+      raise ValueError(f"sedjax.record: {path} is not a whole record: it lacks {', '.join(missing)}; make it anew.")
   except BaseException:
     stored.file.close()
     raise

@@ -15,7 +15,6 @@ from sedjax._html import (
   PHASE_WORDS,
   all_seeds,
   between,
-  counted,
   escape,
   figure,
   folded,
@@ -28,6 +27,7 @@ from sedjax._html import (
 )
 from sedjax._summary import Facts, Span
 from sedjax._types import Phase
+from sedjax._words import counted
 
 _MANY_SPANS, _MANY_SEEDS = 12, 16
 
@@ -85,11 +85,11 @@ def _edge_sentence(facts: Facts) -> str:
 def _seed_words(spans: list[Span]) -> str:
   """One seed's phases, as plain text."""
   if len(spans) > _MANY_SPANS:
-    longest = sorted(sorted(spans, key=lambda span: -span.steps)[:3])
+    longest = sorted(spans, key=lambda span: -span.steps)[:3]
     told = [f"{PHASE_WORDS[Phase(s.phase)]} from step {s.first:,} for {steps_text(s.steps)}" for s in
             sorted(longest, key=lambda span: span.first)]  # fmt: skip
     rises = [span.first for span in spans if span.phase == Phase.RISE]
-    begins = f" The first of {len(rises)} rises begins at step {rises[0]:,}." if rises else ""
+    begins = f" The first of {counted(len(rises), 'rise')} begins at step {rises[0]:,}." if rises else ""
     return f"The phase changes {len(spans) - 1:,} times. Longest: {listed(told)}.{begins}"
   told = [f"{PHASE_WORDS[Phase(span.phase)]} from step {span.first:,}" for span in spans]
   words = ", then ".join(told)
@@ -104,7 +104,7 @@ def phase_section(facts: Facts) -> str:
     for seed, spans in zip(shown, facts.spans, strict=False)
   )
   rest = len(facts.seeds) - len(shown)
-  more = f"<p>{rest} more seeds are in the tables of groups and windows.</p>" if rest else ""
+  more = f"<p>{counted(rest, 'more seed')} in the tables of groups and windows.</p>" if rest else ""
   rows, left_out, most = [], 0, max(4, 3 * _MANY_SPANS // len(shown))
   for seed, spans in zip(shown, facts.spans, strict=False):
     kept = sorted(spans, key=lambda span: -span.steps)[:most]
@@ -117,7 +117,7 @@ def phase_section(facts: Facts) -> str:
     "Phases, with their first step and how long they last", ["Seed", "Phase", "First step", "Lasts", "Highest ratio"],
     rows, left=2,
   )  # fmt: skip
-  cut = f"<p>{left_out:,} shorter spans are not listed.</p>" if left_out else ""
+  cut = f"<p>{counted(left_out, 'shorter span')} not listed.</p>" if left_out else ""
   picture = figure(
     lambda ax: plot.gap_ratio(facts.chosen, ax=ax, group=facts.group),
     f"Gap ratio over optimizer steps with phases shaded. {' '.join(_headlines(facts)[1:2])}",

@@ -22,6 +22,7 @@ from sedjax._reader import Reader, ReadError, TensorInfo
 from sedjax._readers import open_checkpoint
 from sedjax._series import CheckpointError, Entry, about, error_at
 from sedjax._training import model_names
+from sedjax._words import counted
 
 Groups = Mapping[str, str | None] | Callable[[str], Hashable | None]
 
@@ -296,7 +297,7 @@ def select(
   kept = tuple(leaf._replace(label=group_of[leaf.path] or 0) for leaf in leaves if group_of[leaf.path] is not None)
   labels = tuple(decode_label(encode_label(label)) for label in layout.labels)  # as live records have them
   if not kept:
-    raise error_at(series[0], None, f"none of its {len(first.infos)} tensors is a parameter to be tracked")
+    raise error_at(series[0], None, f"none of its tensors ({len(first.infos)}) is a parameter to be tracked")
   if config.groups is not None and WHOLE in labels:
     raise CheckpointError(f"sedjax analyze: a group cannot be named {WHOLE!r}, which is the whole model.")
   return Selection(kept, left_out, labels, config, tree, no_parameters, rename)
@@ -331,7 +332,7 @@ def say_what_is_read(series: list[Entry], selection: Selection, patterns: Iterab
   numbers = sum(leaf.info.size for leaf in selection.leaves)
   lines = [
     f"{len(series)} checkpoints, steps {series[0].step} to {series[-1].step}",
-    f"taken: {len(selection.leaves)} tensors, {numbers:,} parameters",
+    f"taken: {counted(len(selection.leaves), 'tensor')}, {counted(numbers, 'parameter')}",
     *(f"  {line}" for line in taken_lines(selection)),
     f"left out: {len(selection.left_out) or 'nothing'}",
     *(f"  {line}" for line in left_out_lines(selection)),

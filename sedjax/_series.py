@@ -76,8 +76,9 @@ def find_series(files: Path | Iterable[Path], steps: Sequence[int] | None) -> li
   for pattern in patterns:
     matching = [pattern] if os.path.exists(pattern) else sorted(_matching(pattern), key=_by_numbers)
     if not matching:
-      what = "no file matches" if glob.has_magic(pattern) else "there is no file"
-      raise CheckpointError(f"sedjax analyze: {what} {pattern!r}; quote the pattern and check the folder.")
+      if glob.has_magic(pattern):
+        raise CheckpointError(f"sedjax analyze: no file matches {pattern!r}; quote the pattern and check the folder.")
+      raise CheckpointError(f"sedjax analyze: there is no file {pattern!r}; check its name and folder.")
     found += matching
   if not found:
     raise CheckpointError("sedjax analyze: no file was given; give a pattern or the checkpoints' names.")
@@ -89,7 +90,9 @@ def find_series(files: Path | Iterable[Path], steps: Sequence[int] | None) -> li
     except TypeError:
       raise CheckpointError(f"sedjax analyze: steps must be whole numbers, got {steps!r}.") from None
     if len(numbers) != len(found):
-      raise CheckpointError(f"sedjax analyze: {len(numbers)} steps were given for {len(found)} checkpoints.")
+      raise CheckpointError(
+        f"sedjax analyze: steps= has {len(numbers)} for {len(found)} checkpoints; give one for each."
+      )
     for (file, step), (later, other) in itertools.pairwise(zip(found, numbers, strict=True)):
       if other <= step:
         raise CheckpointError(

@@ -84,7 +84,7 @@ class Store:
     return saved
 
   def save(self, arrays: Mapping[str, Any], reports: Sequence[bytes] = (), first: int = 1) -> None:
-    """Replaces the state in one stroke; the reports, of one length, are numbers `first` … , counted from 1."""
+    """Replaces the state in one stroke; the reports, of one length, are numbered from `first` on, counting from 1."""
     if self.folder is None:
       self._reports += b"".join(reports)
       return
@@ -128,10 +128,12 @@ def writing(path: Path) -> Iterator[None]:
   except CheckpointError:
     raise
   except Exception as error:  # HDF5 has exceptions of its own for a full disk
-    reason = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
+    reason = (isinstance(error, OSError) and error.strerror) or next(
+      iter(str(error).splitlines()), type(error).__name__
+    )
     raise CheckpointError(
-      f"sedjax analyze: {os.fspath(path)} cannot be written ({reason}); what was saved before is kept: make room and "
-      "run the same command again to go on."
+      f"sedjax analyze: {os.fspath(path)} cannot be written ({reason}); what was saved before is kept: "
+      "make room or make its folder writable, and run the same command again to go on."
     ) from error
 
 

@@ -124,7 +124,9 @@ def track_spectral_edge(
     if any(seen.values()) and tree_id(layout) not in seen:
       raise ValueError(core.TREE_CHANGED)
     if not isinstance(state, SpectralEdgeState) or name not in state.trackers:
-      found = f"a state of trackers {list(state.trackers)}" if isinstance(state, SpectralEdgeState) else type(state)
+      found = (
+        f"a state of trackers {list(state.trackers)}" if isinstance(state, SpectralEdgeState) else type(state).__name__
+      )
       raise ValueError(
         f"track_spectral_edge: update expects the state of tracker {name!r}, got {found}; pass what tx.init or "
         "tx.update returned, or sedjax.migrate it to this optimizer."

@@ -79,7 +79,8 @@ class Report(NamedTuple):
 
   All fields may carry leading axes (seeds, history). Lengths are in the parameters' own unit. While the window fills,
   `k_star`, `gap_ratio`, `null_ratio` and `turning` are 0, and all else is that of the rows so far; before the first row
-  everything is 0. A window in which a group has rows of zeros, as when it is frozen, is not full for that group.
+  everything is 0 but `status`, which is WINDOW_FILLING. A window in which a group has rows of zeros, as
+  when it is frozen, is not full for that group.
 
   Attributes:
     singular_values: float32[W], descending, of the window's rows; 0 for rows not yet there.
@@ -150,6 +151,6 @@ def explain(status: Any) -> str:
   if values.size != 1:
     raise ValueError(f"sedjax.explain: expected one status, got an array of shape {values.shape}; index it first.")
   if values.dtype.kind not in "iu" or not 0 <= values.item() < 2 * max(Status):
-    raise ValueError(f"sedjax.explain: expected a status, an int in 0…{2 * max(Status) - 1}, got {status!r}.")
+    raise ValueError(f"sedjax.explain: expected a status, an int in 0…{2 * max(Status) - 1}, got {values.item()!r}.")
   bits = Status(int(values.reshape(())))
   return "\n".join(words for bit, words in _WORDS.items() if bit & bits) or "Nothing to note."

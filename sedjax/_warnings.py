@@ -8,6 +8,7 @@ from sedjax import _null
 from sedjax._html import listed, percent, row_steps_text, steps_text
 from sedjax._summary import Facts
 from sedjax._types import Status, explain
+from sedjax._words import counted
 
 _USUAL_MOMENTUM = 0.9
 
@@ -71,7 +72,8 @@ def warnings(facts: Facts) -> list[tuple[str, str]]:
     notes.append((title, explain(int(bit)) + where))
   odd = sums.missing.sum(0)
   if odd.any():
-    notes.append(("Values missing.", f"The gap ratio or σ₁² share is NaN or infinite in {odd.sum():,} reports, for "
+    where = counted(int(odd.sum()), "report")
+    notes.append(("Values missing.", f"The gap ratio or σ₁² share is NaN or infinite in {where}, for "
                   f"{_places(facts, odd > 0)}; these are left out."))  # fmt: skip
   unknown = sum(int(sums.bits[..., bit].sum() > 0) for bit in range(32) if 1 << bit >= 2 * max(Status))
   if unknown:

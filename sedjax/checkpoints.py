@@ -37,6 +37,7 @@ from sedjax._series import Entry, Path, find_series
 from sedjax._store import Store, check_place, checkpoints_id, identity_of, replaceable, write_record
 from sedjax._streams import sketch_series
 from sedjax._types import Report
+from sedjax._words import counted
 
 if TYPE_CHECKING:
   import xarray as xr
@@ -120,6 +121,7 @@ def analyze(
   if every is None:
     gaps = collections.Counter(two.step - one.step for one, two in itertools.pairwise(series))
     every = gaps.most_common(1)[0][0] if gaps else 1
+  # The rows come from outside, so that the state needs no parameters to subtract from, as "params" would have it.
   config = _config(window, every, k_max, sketch, group_function(groups), "updates", momentum)
   if len(series) == 1 and os.path.isdir(series[0].file):
     raise CheckpointError(
@@ -132,10 +134,10 @@ def analyze(
   if len(series) - 1 < max(config.windows):
     raise CheckpointError(
       f"sedjax analyze: from {series[0].file} (step {series[0].step}) to {series[-1].file} there are {len(series)} "
-      f"checkpoints, and so {len(series) - 1} rows, fewer than the window of {max(config.windows)}; give more of them "
-      "or a smaller window."
+      f"checkpoints, and so {counted(len(series) - 1, 'row')}, fewer than the window of {max(config.windows)}; give "
+      "more of them or a smaller window."
     )
-  selection = select(series, config, _compiled(rename, transpose), transpose)
+  selection = select(series, config, _checked_patterns(rename, transpose), transpose)
   say_what_is_read(series, selection, [*(groups if isinstance(groups, Mapping) else ()), *filter(None, [transpose])])
   store = Store(out, identity_of(series, selection, config.exact))
   found: list[tuple[int, Report]] = []
@@ -173,7 +175,7 @@ def _config(*arguments: Any) -> core.Config:
     raise ValueError(text.replace("track_spectral_edge:", "sedjax analyze:", 1)) from None
 
 
-def _compiled(rename: Mapping[str, str] | None, transpose: str | None) -> tuple[tuple[str, str], ...]:
+def _checked_patterns(rename: Mapping[str, str] | None, transpose: str | None) -> tuple[tuple[str, str], ...]:
   pairs = tuple((rename or {}).items())
   for pattern in (*(pattern for pattern, _ in pairs), *([] if transpose is None else [transpose])):
     try:

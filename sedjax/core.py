@@ -96,7 +96,7 @@ def init(config: Config, params: Any, specs: Mapping[str, Spec] | None = None) -
     specs: see `observe`; None also where the whole parameters are given, outside of the `jax.shard_map`.
 
   Returns:
-    A `TrackerState` of zeros.
+    A `TrackerState` without rows.
 
   Raises:
     ValueError: `config.groups` fails on a path, or two leaves share a path.

@@ -264,7 +264,7 @@ def series(record: xr.Dataset, name: str, *, ax: Any = None, seed: Any = None) -
 
   Args:
     record, ax: see the module.
-    name: one of `_plot_data.series_names(record)`.
+    name: of the series, as `Recorder.log` was given it.
     seed: draw this one only; None for all.
 
   Returns:

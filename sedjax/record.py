@@ -45,6 +45,7 @@ from sedjax._record_files import cannot, check_file, existing_layout, journal_of
 from sedjax._recordable import check_series, file_attributes, own_copy, seed_names, step_of, windows_and_groups
 from sedjax._transform import find_tracker
 from sedjax._types import Report
+from sedjax._words import counted
 
 __all__ = ["DIMS", "FIELDS", "WHOLE", "Recorder", "open_record", "to_dataset"]
 
@@ -289,7 +290,8 @@ class Recorder:
       if self._error is None:
         self._finish()
         if self._held:
-          message = f"sedjax.record: {self.path} was not made: {len(self._held)} calls of log and event, but no append."
+          calls = counted(len(self._held), "call")
+          message = f"sedjax.record: {self.path} was not made: {calls} of log and event, but no append."
           warnings.warn(message, RuntimeWarning, stacklevel=2)
     finally:
       self._journal.close()
@@ -335,7 +337,9 @@ class Recorder:
           f"sedjax.record: reports must be [group, window] or [seed, group, window], got the shape {shape}."
         )
       if self._seeds is not None and len(self._seeds) != seeds:
-        raise ValueError(f"sedjax.record: the state holds {seeds} seeds, but seeds={self._seeds} names others.")
+        raise ValueError(
+          f"sedjax.record: the state holds {counted(seeds, 'seed')}, but seeds={self._seeds} names others."
+        )
       if self._given is not None and shape[-2:] != (len(self._given[1]), len(self._given[0])):
         raise ValueError(f"sedjax.record: reports of shape {shape} do not fit the groups and windows {self._given}.")
       told: dict[str, tuple[int, ...]] = {"tracker": self._config.windows} if self._tracked else {}
@@ -361,7 +365,7 @@ class Recorder:
     for what, count in counts.items():
       known = count if known is None else known
       if count != known:
-        raise ValueError(f"sedjax.record: {what} has {count} seeds, the record has {known}.")
+        raise ValueError(f"sedjax.record: {what} has {counted(count, 'seed')}, the record has {known}.")
     self._seed_count = known
 
   def _problem(self, new: Mapping[str, int | list[Any] | None]) -> str | None:

@@ -188,7 +188,9 @@ _KINDS = (Count, Gaussian, Exact)
 
 def _validated(kind: type, name: str, dim: Any, seed: Any) -> Any:
   if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not 1 <= dim < 2**31:
-    raise ValueError(f"sedjax.sketch.{name}: dim must be an int in [1, 2**31), got {dim!r}; try 16384.")
+    raise ValueError(
+      f"sedjax.sketch.{name}: dim must be an int in [1, 2**31), got {dim!r}; leave it out for the default."
+    )
   if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
     raise ValueError(f"sedjax.sketch.{name}: seed must be an int in [0, 2**31), got {seed!r}.")
   return kind(int(dim), int(seed))

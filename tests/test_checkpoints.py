@@ -767,7 +767,7 @@ def test_series_that_make_no_record(tmp_path, files):
   refused("there is no file", [str(tmp_path / "a.npz")])
   refused(r"from .* \(step 0\) to .* there are 9 checkpoints, and so 8 rows, fewer than the window of 10", files)
   refused(r"step_0\.npz is one file alone; give a series of checkpoints", files.replace("*", "0"))
-  refused("3 steps were given for 9", files, steps=(1, 2, 3))
+  refused("steps= has 3 for 9", files, steps=(1, 2, 3))
   folder = os.path.dirname(files)
   names = [f"{folder}/step_{i * EVERY}.npz" for i in range(COUNT)]
   refused("do not ascend", names, window=3, steps=[0, 1, 2, 4, 3, 5, 6, 7, 8])
@@ -1149,7 +1149,7 @@ def test_a_bar_shows_rate_and_time_left(tmp_path, monkeypatch, shown):
   monkeypatch.setattr(sys, "stderr", Terminal())
   checkpoints.analyze(f"{tmp_path}/step_*.npz", window=3, progress=shown)
   text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sys.stderr.getvalue())
-  assert "taken: 1 tensors, 50,000 parameters" in text
+  assert "taken: 1 tensor, 50,000 parameters" in text
   frames = [frame for frame in re.split(r"[\r\n]", text) if "━" in frame]
   assert bool(frames) is shown
   if shown:

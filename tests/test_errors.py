@@ -199,7 +199,7 @@ def test_a_state_of_other_arguments(changed, jit):
 def test_a_state_that_is_not_the_trackers():
   tx = track(**MADE)
   expected = "expects the state of tracker 'spectral_edge'"
-  with pytest.raises(ValueError, match=f"{expected}, got <class"):
+  with pytest.raises(ValueError, match=f"{expected}, got tuple"):
     tx.update(PARAMS, optax.adam(1e-3).init(PARAMS))
   with pytest.raises(
     ValueError, match=r"expects the state of tracker 'spectral_edge', got a state of trackers \['x'\]"

@@ -1016,7 +1016,7 @@ def test_wrong_arguments(tmp_path):
   with Recorder(path, windows=(4, 5), groups=["all", "head", "body"]) as recorder:
     with pytest.raises(ValueError, match=r"windows are \(3, 5\), windows= says \(4, 5\)"):
       recorder.append(0, state)
-  with Recorder(path, seeds=[1, 2]) as recorder, pytest.raises(ValueError, match="the state holds 1 seeds"):
+  with Recorder(path, seeds=[1, 2]) as recorder, pytest.raises(ValueError, match="the state holds 1 seed, but"):
     recorder.append(0, state)
   with Recorder(path, tracker=OPTIONS) as recorder:
     with pytest.raises(ValueError, match="called inside jit"):
