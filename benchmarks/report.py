@@ -282,12 +282,13 @@ def show_results() -> str:
   """All of RESULTS.md: every table of every device."""
   parts = [
     "# Results",
-    "The stored results of run.py and posthoc.py; [README.md](README.md) says how they were measured. ",
+    "Every stored result; [README.md](README.md) says how each was measured and how to read it. ",
   ]
   parts[1] += "This page is written by `python benchmarks/report.py`."
   parts += [tables(stem, sections) for stem, sections in devices().items()]
   for file in sorted(RESULTS.glob("posthoc-*.json")):
     parts += [f"## Checkpoints, on {file.stem.removeprefix('posthoc-')}", posthoc_table(file.stem)]
+  parts += ["## Fidelity", fidelity_targets(), "## A large record", show_records()]
   return "\n\n".join(parts) + "\n"
 
 
@@ -321,6 +322,26 @@ def show_fidelity() -> str:
   where = f"{made['device']}; Python {made['versions']['python']}, {versions}; commit {made['commit'][:12]}"
   parameters = f"{result['parameters']:,} parameters"
   return f"{table(head, rows)}\n\n*{parameters}; `{made['command']}`; {where} (`benchmarks/results/fidelity.json`).*"
+
+
+TARGETS = ["target", "found", "at most", "met"]
+
+
+def met(target: Section) -> str:
+  return "yes" if target["met"] else "**no**"
+
+
+def fidelity_targets() -> str:
+  """What the sketches were to reach; README.md has the table of errors."""
+  result = stored("fidelity")
+  rows = []
+  for each in result["verdicts"]:
+    found, most = (f"{digits(100 * each[name])} %" for name in ("found", "limit"))
+    most += f", {each['limit_is']}" if "law" in each["limit_is"] else ""
+    rows.append([each["target"], found, most, met(each)])
+  made = result["provenance"]
+  where = f"`{made['command']}`; commit {made['commit'][:12]} (`benchmarks/results/fidelity.json`)"
+  return f"{table(TARGETS, rows)}\n\n*{where}. The law is what a dense Gaussian map of that dimension has.*"
 
 
 # Of a way to compare checkpoints and where their files lie, as `posthoc.py` names them.
@@ -360,7 +381,12 @@ def posthoc_table(stem: str) -> str:
     rows.append([*way_and_files(name), count, time, ratio, memory(way["peak_bytes"])])
   size = f"{result['checkpoints']} checkpoints, {memory(result['bytes'])}"
   made = f"`{result['command']}`; {origin([result])} (`benchmarks/results/{stem}.json`)"
-  return f"{table(head, rows)}\n\n*{size}. {made}.*"
+  targets = []
+  for name, target in result["targets"].items():
+    found = target["found"]
+    shown = digits(found) if found >= 1e-4 or found == 0 else f"{found:.1g}"
+    targets.append([name, shown, digits(target["most"]), met(target)])
+  return f"{table(head, rows)}\n\n*{size}. {made}.*\n\n{table(TARGETS, targets)}"
 
 
 def show_records() -> str:
