@@ -359,6 +359,17 @@ def observe(
     TypeError: `config` is no `Config`, or `state` no `TrackerState`.
 
   Cost: one read of the updates, and a Gram column and an eigenproblem of W rows once a row.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, sedjax
+    >>> config = sedjax.core.Config(window=3)
+    >>> state = sedjax.core.init(config, {"w": jnp.zeros((8, 4))})
+    >>> step = jax.jit(lambda state, update: sedjax.core.observe(config, state, update))
+    >>> for key in jax.random.split(jax.random.key(0), 4):
+    ...   state = step(state, {"w": jax.random.normal(key, (8, 4))})
+    >>> report = sedjax.core.report(state)
+    >>> report.singular_values.shape, int(report.count), int(report.k_star) > 0
+    ((3,), 4, True)
   """
   _expect_config(config)
   if config.source == "params" and params is None:
