@@ -132,11 +132,18 @@ def open_stored(path: Path, fields: Iterable[str]) -> Stored:
     seen = h5netcdf.File(file, "r")
     variables = {}
     for name in [name for name in seen.variables if name not in set(fields)]:
-      variables[name] = (seen[name].dimensions, _text(np.asarray(seen[name][...])), dict(seen[name].attrs))
+      variables[name] = (_dims_of(file[name]), _text(np.asarray(file[name][...])), dict(seen[name].attrs))
     return Stored(file, xr.Dataset(variables, attrs=dict(seen.attrs)))
   except BaseException:
     file.close()
     raise
+
+
+def _dims_of(dataset: Any) -> tuple[str, ...]:
+  """The dimensions of a variable. h5netcdf would go through all variables for each of them."""
+  if dataset.is_scale and dataset.ndim == 1:
+    return (dataset.name.removeprefix("/"),)
+  return tuple(dim[0].name.removeprefix("/") for dim in dataset.dims)
 
 
 def _text(values: np.ndarray) -> np.ndarray:

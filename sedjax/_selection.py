@@ -32,6 +32,8 @@ _STATISTICS = "running statistics"
 # By what follows in a path: why a tensor is a buffer.
 _BUFFERS = {
   r"(running|moving)_(mean|var|variance)$|num_batches_tracked$|(^|/)batch_stats/": _STATISTICS,
+  r"(^|/)(_?(ema_)?cluster_size|_?ema_w|embed_avg)$": _STATISTICS,  # of quantized codebooks
+  r"(^|/)weight_u$": "a vector of spectral normalization",
   r"inv_freq$|(cos|sin)_cached$|freqs_(cis|cos|sin)$|(rope|rotary)[^/]*/(cos|sin|freqs|cache)$": "a rotary table",
   r"(attn|attention)/(masked_bias|mask)$|(^|/)(causal|attn|attention)_mask$|(^|/)tril$": "a causal mask",
 }

@@ -7,7 +7,8 @@ Names. A tensor's path has its components joined by "/"; a name without "/" ("h.
 turned into slashes. What wrappers add is dropped: `_orig_mod` and the like anywhere, `module` (and, as in live
 trackers, `params`) where every path begins with it. `rename` and `transpose` do the rest: what PyTorch calls
 `fc.weight` [out, in] is in flax `fc/kernel` [in, out], so `transpose=r"fc/weight"` and `rename={"weight$": "kernel"}`
-give the sketch that a flax model has.
+give the sketch that a flax model has. A live tracker leaves dots in keys as they are: `rename={"/": "."}` gives the
+sketch of parameters that are one dict with such keys.
 
 Tensors. Integers, booleans, buffers (causal masks, rotary tables, running statistics) and everything outside of the
 model in a training state, by its keys or by names such as `opt_state/0/mu/w`, are left out, and said. Tied tensors

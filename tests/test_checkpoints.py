@@ -294,6 +294,34 @@ def test_tied_tensors_buffers_and_prefixes(tmp_path, series):
       assert line in left_out.splitlines(), left_out
 
 
+def test_statistics_of_codebooks(tmp_path, series):
+  """Counters that move far more than parameters do."""
+  names = ("vq._ema_cluster_size", "vq.cluster_size", "vq.embed_avg", "vq._ema_w", "conv.weight_u")
+  beside = [{**params, **{name: np.full(4, 1e3 * i, np.float32) for name in names}} for i, params in enumerate(series)]
+  found = checkpoints.analyze(write(tmp_path / "a", beside), window=3)
+  assert_same(found, checkpoints.analyze(write(tmp_path / "b", series), window=3))
+  left_out = found.attrs["parameters_left_out"].splitlines()
+  assert [line.partition(":")[0] for line in left_out] == [f"{name.replace('.', '/')} [4]" for name in names]
+
+
+def test_dotted_keys_of_a_live_tracker(tmp_path):
+  rng = np.random.default_rng(0)
+  params = {f"layers.{i}.weight": rng.normal(size=(20, 30)).astype(np.float32) for i in range(3)}
+  tx = sedjax.track_spectral_edge(3, source="params", sketch=sedjax.sketch.count(64))
+  state, live = tx.init(params), []
+  for i in range(6):
+    safetensors.save_file(params, tmp_path / f"step_{i}.safetensors")
+    _, state = tx.update(params, state, params)
+    live.append(np.asarray(sedjax.get_report(state).singular_values))
+    params = {name: x + rng.normal(size=x.shape).astype(np.float32) / 100 for name, x in params.items()}
+  pattern, options = f"{tmp_path}/step_*.safetensors", {"window": 3, "sketch": sedjax.sketch.count(64)}
+  found = checkpoints.analyze(pattern, rename={"/": "."}, **options).singular_values.values[-1].ravel()
+  np.testing.assert_allclose(found, live[-1], rtol=1e-4)
+  assert not np.allclose(
+    checkpoints.analyze(pattern, **options).singular_values.values[-1].ravel(), live[-1], rtol=0.01
+  )
+
+
 def test_statistics_that_flax_nnx_keeps_beside_parameters(tmp_path, series):
   """Under names that say so only together."""
   beside = {"bn/mean": (4,), "bn/var": (4,)} | {f"blocks/0/bn/{name}": (5,) for name in ("scale", "mean", "var")}
