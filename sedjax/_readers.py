@@ -112,7 +112,8 @@ def open_checkpoint(path: pathlib.Path) -> Reader:
     return ShardedReader(path)
   readers = {".safetensors": SafetensorsReader, ".npz": NpzReader}
   readers |= dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), TorchReader)
-  if path.suffix not in readers:
+  suffix = ".pth" if path.name.endswith(".pth.tar") else path.suffix  # no archive, whatever it is called
+  if suffix not in readers:
     raise ReadError(f"its name ends in none of {', '.join(readers)}, .index.json, and it is no folder")
   with told_as("checkpoint"):
-    return readers[path.suffix](path)
+    return readers[suffix](path)

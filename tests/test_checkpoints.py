@@ -294,6 +294,16 @@ def test_tied_tensors_buffers_and_prefixes(tmp_path, series):
       assert line in left_out.splitlines(), left_out
 
 
+def test_torch_files_that_are_called_archives(tmp_path, series, record):
+  torch = pytest.importorskip("torch")
+
+  def by_torch(path, params):
+    torch.save({name: torch.tensor(x) for name, x in params.items()}, path)
+
+  files = write(tmp_path / "a", series, by_torch, ".pth.tar")
+  assert_same(checkpoints.analyze(files, window=(3, 5), groups=GROUPS), record)
+
+
 def test_statistics_of_codebooks(tmp_path, series):
   """Counters that move far more than parameters do."""
   names = ("vq._ema_cluster_size", "vq.cluster_size", "vq.embed_avg", "vq._ema_w", "conv.weight_u")
