@@ -280,10 +280,7 @@ def name_of(section: Section) -> str:
 
 def show_results() -> str:
   """All of RESULTS.md: every table of every device."""
-  parts = [
-    "# Results",
-    "Every stored result; [README.md](README.md) says how each was measured and how to read it. ",
-  ]
+  parts = ["# Results", "Every stored result; [README.md](README.md) says how each was measured and how to read it. "]
   parts[1] += "This page is written by `python benchmarks/report.py`."
   parts += [tables(stem, sections) for stem, sections in devices().items()]
   for file in sorted(RESULTS.glob("posthoc-*.json")):

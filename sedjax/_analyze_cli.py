@@ -61,11 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _configure_jax() -> None:
-  """Settings that a process of our own can have: the CPU alone, unless `JAX_PLATFORMS` says otherwise, at once.
+  """Computes on the CPU, unless `JAX_PLATFORMS` says otherwise, and there in the thread that asks for it.
 
   JAX takes hold of each device that it finds, of TPUs whole, of GPUs with three quarters of their memory, although
-  another program may train there. And each tensor that it would sketch in another thread than the one that read it
-  would wait for that thread, and leave its core's cache.
+  another program may train there. On the CPU it would hand each tensor to a thread of its own, in vain, since the one
+  that has just read it, and has it in its core's cache, waits for the result.
   """
   import jax
 

@@ -104,11 +104,11 @@ class Sketcher:
       way = _Way(leaf.path, (plan.rows, columns), plan.per_bucket, plan.buckets, plan.offset, stride, 0)
       self._ways[leaf.path] = way
       if leaf.info.size > _PLAIN and plan.rows >= _BLOCK:
-        # By the rows of a bucket, too: of larger tensors chunks are larger.
-        alike[columns, leaf.dtype, stride, plan.per_bucket].append(way)
-    for (columns, dtype, stride, _), ways in alike.items():
+        # By the rows of a bucket rather than the stride: of larger tensors chunks are larger.
+        alike[columns, leaf.dtype, plan.per_bucket].append(way)
+    for (columns, dtype, _), ways in alike.items():
       chunk = _chunk_rows([way.shape[0] for way in ways], columns)
-      _compiled_chunk(chunk, columns, dtype, stride)
+      _compiled_chunk(chunk, columns, dtype, ways[0].stride)
       self._ways |= {way.path: way._replace(chunk=chunk) for way in ways}
 
   def parts(self, leaf: Leaf) -> list[Part]:

@@ -132,7 +132,8 @@ def open_stored(path: Path, fields: Iterable[str]) -> Stored:
     seen = h5netcdf.File(file, "r")
     variables = {}
     for name in [name for name in seen.variables if name not in set(fields)]:
-      variables[name] = (_dims_of(file[name]), _text(np.asarray(file[name][...])), dict(seen[name].attrs))
+      dataset: Any = file[name]
+      variables[name] = (_dims_of(dataset), _text(np.asarray(dataset[...])), dict(seen[name].attrs))
     return Stored(file, xr.Dataset(variables, attrs=dict(seen.attrs)))
   except BaseException:
     file.close()
@@ -143,6 +144,8 @@ def _dims_of(dataset: Any) -> tuple[str, ...]:
   """The dimensions of a variable. h5netcdf would go through all variables for each of them."""
   if dataset.is_scale and dataset.ndim == 1:
     return (dataset.name.removeprefix("/"),)
+  if not all(len(dim) for dim in dataset.dims):
+    raise ValueError(f"variable {dataset.name.removeprefix('/')!r} has axes without names, and no record has such")
   return tuple(dim[0].name.removeprefix("/") for dim in dataset.dims)
 
 

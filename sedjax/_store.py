@@ -128,9 +128,7 @@ def writing(path: Path) -> Iterator[None]:
   except CheckpointError:
     raise
   except Exception as error:  # HDF5 has exceptions of its own for a full disk
-    reason = (isinstance(error, OSError) and error.strerror) or next(
-      iter(str(error).splitlines()), type(error).__name__
-    )
+    reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
     raise CheckpointError(
       f"sedjax analyze: {os.fspath(path)} cannot be written ({reason}); what was saved before is kept: "
       "make room or make its folder writable, and run the same command again to go on."

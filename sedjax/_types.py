@@ -79,8 +79,8 @@ class Report(NamedTuple):
 
   All fields may carry leading axes (seeds, history). Lengths are in the parameters' own unit. While the window fills,
   `k_star`, `gap_ratio`, `null_ratio` and `turning` are 0, and all else is that of the rows so far; before the first row
-  everything is 0 but `status`, which is WINDOW_FILLING. A window in which a group has rows of zeros, as
-  when it is frozen, is not full for that group.
+  everything is 0 but `status`, which is WINDOW_FILLING. A window in which a group has rows of zeros, as when it is
+  frozen, is not full for that group.
 
   Attributes:
     singular_values: float32[W], descending, of the window's rows; 0 for rows not yet there.

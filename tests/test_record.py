@@ -13,6 +13,7 @@ import sys
 import threading
 import types
 
+import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -802,6 +803,10 @@ def test_opening_what_is_no_record(tmp_path):
   for use in (open_record, recorder_of):
     with pytest.raises(ValueError, match=r"other.nc is not a record"):
       use(tmp_path / "other.nc")
+  with h5py.File(tmp_path / "plain.h5", "w") as file:
+    file["x"] = np.zeros((3, 4))
+  with pytest.raises(ValueError, match=r"cannot read .*plain.h5: variable 'x' has axes without names"):
+    open_record(tmp_path / "plain.h5")
   for version in ("x", [1, 2], 1.5):
     xr.Dataset({"a": ("x", [1])}, attrs={"record_version": version}).to_netcdf(tmp_path / "odd.nc", engine="h5netcdf")
     with pytest.raises(ValueError, match=r"odd.nc is not a record"):
