@@ -16,7 +16,7 @@ The null is noise with AdamW's momentum; a steady motion, such as the shrinking 
 as an edge. Put the tracker before the decay in the chain to leave that motion out.
 
 The default is meant to grok sooner than the companion papers' settings do: 60 % of the pairs for training, batches of
-384. It takes about 2,600 steps, two to four minutes on two CPU cores. `--paper` takes their settings to the letter:
+384. It takes about 2,600 steps, four or five minutes on two CPU cores. `--paper` takes their settings to the letter:
 50 % of the pairs, batches of 512, evaluations every 100 steps, 200,000 steps at most. Both draw batches with
 replacement and use AdamW: learning rate 1e-3, β = (0.9, 0.98), weight decay 1 on all parameters, gradient clip 1.
 `--controls` adds the same seeds without weight decay.
