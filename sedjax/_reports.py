@@ -84,6 +84,14 @@ def report(state: TrackerState, *, group: Hashable | None = None, window: int | 
   Raises:
     ValueError: an unknown window or group. (Inside jit, where names are not known, an unknown group gives NaN,
       k_star -1 and the status bit UNKNOWN_GROUP instead.)
+
+  Cost: none to speak of; reports are made when a row is pushed.
+
+  Example:
+    >>> import jax.numpy as jnp, sedjax
+    >>> state = sedjax.core.init(sedjax.core.Config(window=(3, 5)), {"w": jnp.ones(3)})
+    >>> sedjax.core.report(state, window=3).ratios.shape
+    (2,)
   """
   return _report(without_rows(state), _window_index(state, window), _group_index(state, group))
 
@@ -109,9 +117,22 @@ def _pick(found: Report, group: jax.Array) -> Report:
 
 @with_promotion
 def reports(state: TrackerState) -> Report:
-  """All reports of one state: fields [..., group, window], vectors padded with 0 to the largest window.
+  """All reports of one state.
 
-  Group 0 is the whole model; the others follow in the order in which the tree's leaves first name them.
+  Args:
+    state: a tracker's state; leading axes (vmapped seeds) are kept.
+
+  Returns:
+    A `Report` of fields [..., group, window], vectors padded with 0 to the largest window. Group 0 is the whole model;
+    the others follow in the order in which the tree's leaves first name them.
+
+  Example:
+    >>> import jax.numpy as jnp, sedjax
+    >>> config = sedjax.core.Config(window=(3, 5), groups=lambda path: path.split("/")[0])
+    >>> state = sedjax.core.init(config, {"head": {"w": jnp.ones(3)}, "body": {"w": jnp.ones(3)}})
+    >>> found = sedjax.core.reports(state)
+    >>> found.k_star.shape, found.singular_values.shape
+    ((3, 2), (3, 2, 5))
   """
   return _reports(without_rows(state))
 
@@ -133,9 +154,23 @@ def _reports(state: TrackerState) -> Report:
 
 @with_promotion
 def history(state: TrackerState, *, group: Hashable | None = None, window: int | None = None) -> Report:
-  """The last reports, oldest first: fields [..., history]; `count` is 0 where there was none yet.
+  """The last reports of one group and window, oldest first.
 
-  Args, Raises: as `report`; ValueError where the tracker keeps no history.
+  Args:
+    state, group, window: as for `report`.
+
+  Returns:
+    A `Report` of fields [..., history]; `count` is 0 where there was none yet.
+
+  Raises:
+    ValueError: as `report`, or the tracker keeps no history.
+
+  Example:
+    >>> import jax.numpy as jnp, sedjax
+    >>> config, params = sedjax.core.Config(window=3, history=2), {"w": jnp.ones(3)}
+    >>> state = sedjax.core.observe(config, sedjax.core.init(config, params), params)
+    >>> sedjax.core.history(state).count.tolist()
+    [0, 1]
   """
   expect_state(state)
   if not state.history:

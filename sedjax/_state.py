@@ -127,7 +127,19 @@ def _unpack_window(packed: Packed, slots: int) -> WindowState:
 
 
 def window_sizes(state: TrackerState) -> tuple[int, ...]:
-  """The tracker's window sizes, ascending."""
+  """The tracker's window sizes.
+
+  Args:
+    state: a tracker's state, also a vmapped one, or one of `jax.ShapeDtypeStruct`.
+
+  Returns:
+    Whole numbers, ascending; known while tracing.
+
+  Example:
+    >>> import jax.numpy as jnp, sedjax
+    >>> sedjax.core.window_sizes(sedjax.core.init(sedjax.core.Config(window=(3, 5)), {"w": jnp.ones(3)}))
+    (3, 5)
+  """
   other = len(_FLOATS) - 1 + len(_PHASE_FLOATS) + state.facts.shape[-2]
   return tuple((packed.floats.shape[-1] - other) // 2 for packed in state.windows)
 

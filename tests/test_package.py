@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import re
@@ -35,7 +36,11 @@ def test_public_names(module):
   module, names = importlib.import_module(module), PUBLIC[module].split()
   assert sorted(module.__all__) == names
   for name in names:
-    assert getattr(module, name).__doc__
+    each = getattr(module, name)
+    assert each.__doc__
+    if inspect.isfunction(each):
+      wanted = ["Returns:", "Example:", *(["Args:"] if inspect.signature(each).parameters else [])]
+      assert [section for section in wanted if section not in each.__doc__] == [], name
 
 
 def test_import_brings_in_no_extra():

@@ -1,0 +1,140 @@
+"""How often noise alone is taken for an edge: the rate of false alarms that `Report.null_ratio` stands for.
+
+    python benchmarks/noise.py
+
+An optimizer whose β₁ is the tracker's `momentum`, fed with white noise, emits an AR(1) sequence. Rows of it, each the
+sum of `every` steps, go through the library's own path (Gram matrix, spectrum, edge, phase) as rows of a sketch of `dim`
+numbers, a million for each case. Counted are the rows of full windows whose gap ratio exceeds the null's, and those
+with a phase other than NO_EDGE. Neighbouring windows share rows, so that alarms come in clusters: the intervals are of
+clusters, in which alarms are less than two windows apart.
+
+The result goes to `benchmarks/results/noise.json`; with `--smoke`, of few rows, to `out/benchmarks/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import run
+import scipy.stats
+
+import sedjax
+from sedjax import core
+
+ROOT = Path(__file__).resolve().parent.parent
+# (window, momentum, every, dim)
+CASES = (
+  (3, 0.0, 1, 1024),
+  (5, 0.0, 1, 1024),
+  (10, 0.0, 1, 1024),
+  (10, 0.0, 1, 16384),
+  (10, 0.9, 1, 1024),
+  (10, 0.99, 1, 1024),
+  (10, 0.9, 10, 1024),
+  (20, 0.0, 1, 1024),
+  (20, 0.9, 1, 1024),
+  (32, 0.9, 1, 1024),
+)
+ROWS, TRACKERS, AT_ONCE = 1_000_000, 200, 100
+SMOKE_CASES, SMOKE_ROWS = CASES[1:3], 40_000
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def more_rows(config: core.Config, count: int, carry: Any, key: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+  """Takes `count` rows more into each tracker; bool[count, trackers] alarms and phases other than NO_EDGE."""
+  decay = np.float32(config.momentum)
+
+  def step(velocity: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    velocity = decay * velocity + jax.random.normal(key, velocity.shape)
+    return velocity, velocity
+
+  def push(carry: Any, key: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    states, velocity = carry
+    velocity, steps = jax.lax.scan(step, velocity, jax.random.split(key, config.every))
+    row = steps.sum(0)[:, None]
+    states = jax.vmap(lambda state, row: core.push_row(config, state, row, np.int32(config.every)))(states, row)
+    report = jax.vmap(core.report)(states)
+    full = report.count >= config.windows[-1]
+    alarm = full & (report.gap_ratio > report.null_ratio)
+    quiet = (report.phase == sedjax.Phase.NO_EDGE) | (report.phase == sedjax.Phase.WARMUP)
+    return (states, velocity), (alarm, full & ~quiet)
+
+  return jax.lax.scan(push, carry, jax.random.split(key, count))
+
+
+def clusters(alarms: np.ndarray, apart: int) -> int:
+  """How many runs of alarms, bool[rows, trackers], are at least so many rows apart."""
+  found = 0
+  for column in alarms.T:
+    at = np.flatnonzero(column)
+    found += int(np.sum(np.diff(at) >= apart)) + bool(at.size)
+  return found
+
+
+def measure(case: tuple[int, float, int, int], rows: int) -> dict[str, Any]:
+  """One line of the result."""
+  window, momentum, every, dim = case
+  config = core.Config(window, every, sketch=sedjax.sketch.count(dim), momentum=momentum)
+  state = core.init(config, {"w": jax.ShapeDtypeStruct((dim,), np.float32)})
+  states = jax.tree.map(lambda x: jnp.broadcast_to(x, (TRACKERS, *x.shape)), state)
+  key = jax.random.key(window)
+  # The sequence as it is after many steps.
+  scale = (1 - momentum**2) ** -0.5
+  carry = states, scale * jax.random.normal(key, (TRACKERS, dim))
+  alarms, phases = [], []
+  start = time.perf_counter()
+  for i in range(-(-(rows // TRACKERS + window) // AT_ONCE)):
+    carry, (alarm, phase) = more_rows(config, AT_ONCE, carry, jax.random.fold_in(key, i))
+    alarms.append(np.asarray(alarm))
+    phases.append(np.asarray(phase))
+  every_alarm = np.concatenate(alarms)[window - 1 :]
+  number = clusters(every_alarm, 2 * window)
+  low, high = (scipy.stats.chi2.ppf(p, 2 * n) / 2 if n else 0.0 for p, n in ((0.025, number), (0.975, number + 1)))
+  return {
+    "window": window,
+    "momentum": momentum,
+    "every": every,
+    "dim": dim,
+    "rows": every_alarm.size,
+    "alarms": int(every_alarm.sum()),
+    "clusters": number,
+    "clusters_interval_95": [low, high],
+    "rows_in_a_phase": int(np.concatenate(phases)[window - 1 :].sum()),
+    "seconds": time.perf_counter() - start,
+  }
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(description="Counts how often noise alone is taken for an edge.")
+  parser.add_argument("--smoke", action="store_true", help="few cases and rows, to see that it works; not stored")
+  args = parser.parse_args(argv)
+  made_by = {
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "command": shlex.join(["python", "benchmarks/noise.py", *argv]),
+    **run.code_version(),
+    "device": run.device_facts(),
+    "versions": run.versions(),
+  }
+  lines = []
+  for case in SMOKE_CASES if args.smoke else CASES:
+    lines.append(measure(case, SMOKE_ROWS if args.smoke else ROWS))
+    print(json.dumps(lines[-1]), flush=True)
+  folder = ROOT / "out" / "benchmarks" if args.smoke else ROOT / "benchmarks" / "results"
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "noise.json").write_text(json.dumps({"made_by": made_by, "lines": lines}, indent=1) + "\n")
+  print(f"Wrote {(folder / 'noise.json').relative_to(ROOT)}.")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
