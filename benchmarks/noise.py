@@ -3,10 +3,10 @@
     python benchmarks/noise.py
 
 An optimizer whose β₁ is the tracker's `momentum`, fed with white noise, emits an AR(1) sequence. Rows of it, each the
-sum of `every` steps, go through the library's own path (Gram matrix, spectrum, edge, phase) as rows of a sketch of `dim`
-numbers, a million for each case. Counted are the rows of full windows whose gap ratio exceeds the null's, and those
-with a phase other than NO_EDGE. Neighbouring windows share rows, so that alarms come in clusters: the intervals are of
-clusters, in which alarms are less than two windows apart.
+sum of `every` steps, go through the library's own path (Gram matrix, spectrum, edge, phase) as rows of a sketch of
+`dim` numbers, a million for each case. Counted are the rows of full windows whose gap ratio exceeds the null's, and
+those with a phase other than NO_EDGE. Neighbouring windows share rows, so that alarms come in clusters: the intervals
+are of clusters, in which alarms are less than two windows apart.
 
 The result goes to `benchmarks/results/noise.json`; with `--smoke`, of few rows, to `out/benchmarks/`.
 """
