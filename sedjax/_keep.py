@@ -2,13 +2,17 @@
 
 Updates are a few operations on gradients, moments and parameters, and XLA rather makes them anew for whatever uses them
 than store them: also for what looks at them, from a copy of parameters that are overwritten meanwhile. Storing them
-once, leaf by leaf, is what looking at them has to cost. Nothing here changes a number (but a program in which XLA fuses
-other operations than without a tracker may round otherwise when it makes them), and where updates or parameters come
-from elsewhere, as arguments of the program, there is nothing to do.
+once, leaf by leaf, is what looking at them has to cost. On a CPU, that gives back what XLA pays without a tracker: of
+parameters that may be overwritten before backward all has read them, it makes a copy in the beginning of each step.
+
+Nothing here changes a number (but a program in which XLA fuses other operations than without a tracker may round
+otherwise when it makes them), and where updates or parameters come from elsewhere, as arguments of the program, there
+is nothing to do.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -20,7 +24,11 @@ from jax import lax
 
 from sedjax import _small
 from sedjax._count import shared_zero_of, zero_of
-from sedjax._primitives import lower, maker, makers_before, new_primitive
+from sedjax._primitives import devices_of, lower, maker, makers_before, new_primitive
+
+# An update is applied when so many of the large ones made after it are stored: as many as matrices lie side by side, such
+# as those of queries, keys and values, of which one's update may be made before what another one's is made of.
+_TURNS = 3
 
 
 def ranks_of(arrays: Iterable[Any]) -> tuple[int, ...]:
@@ -90,22 +98,33 @@ def _later(x: jax.Array, zero: jax.Array) -> list[jax.Array]:
   return [_xor(x, zero.reshape(zero.shape + (1,) * (x.ndim - zero.ndim)))]
 
 
+def _after_on_cpu(x: jax.Array, other: jax.Array) -> list[jax.Array]:
+  return _later(x, zero_of(other.reshape(-1)[:1].astype(jnp.float32)))
+
+
+def _as_it_is(x: jax.Array, other: jax.Array) -> list[jax.Array]:
+  del other
+  return [x]
+
+
 @functools.cache
 def _passing(name: str) -> Any:
-  """A primitive that gives x itself, once for "later", twice for "stored", and whose derivatives are those of x.
+  """A primitive that gives x itself, twice for "stored", and whose derivatives are those of x.
 
   A `jax.custom_jvp` would do, but for second derivatives through a `jax.lax.scan`, where JAX forgets its rule.
   """
-  copies = {"stored": 2, "later": 1}[name]
+  copies = 2 if name == "stored" else 1
 
-  def eager(x: Any, zero: Any) -> list[Any]:
-    del zero
+  def eager(x: Any, other: Any) -> list[Any]:
+    del other
     return [x] * copies
 
   def differentiated(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return primitive.bind(*primals), [tangents[0]] * copies
 
   def batched(args: Any, axes: Any) -> tuple[Any, Any]:
+    if name == "after":  # whatever the other's axes are
+      return primitive.bind(*args), axes[:1]
     (x, zero), (x_axis, zero_axis) = args, axes
     zero = zero if zero_axis is None else jnp.moveaxis(zero, zero_axis, 0)
     if x_axis is None:
@@ -117,9 +136,15 @@ def _passing(name: str) -> Any:
 
   def lowering(form: Any) -> Any:
     traced_once = jax.jit(form, inline=True)  # a shape
+    if name == "after":  # of an array on several devices no element is known to all
+      return lambda context, *args: lower(context, traced_once if devices_of(context) == 1 else _as_it_is, *args)
     return lambda context, *args: lower(context, traced_once, *args)
 
-  forms = {"stored": {"cpu": _stored_on_cpu, None: _stored_elsewhere}, "later": {None: _later}}[name]
+  forms = {
+    "stored": {"cpu": _stored_on_cpu, None: _stored_elsewhere},
+    "after": {"cpu": _after_on_cpu, None: _as_it_is},
+    "later": {None: _later},
+  }[name]
   lowered = {platform: lowering(form) for platform, form in forms.items()}
   primitive = new_primitive(
     name, eager=eager, results=eager, batched=batched, lowered=lowered, differentiated=differentiated
@@ -138,7 +163,22 @@ def stored(updates: list[Any], state: jax.Array) -> tuple[list[Any], list[Any]]:
     return updates, updates
   zero = shared_zero_of(state)  # one for all seeds: else vmap would select in each round of the loop
   pairs = [_passing("stored").bind(x, zero) if _made_here(x) else (x, x) for x in updates]
-  return [seen for seen, _ in pairs], [passed for _, passed in pairs]
+  return [seen for seen, _ in pairs], _in_turn(updates, *map(list, zip(*pairs, strict=True)))
+
+
+def _in_turn(updates: list[Any], seen: list[Any], passed: list[Any]) -> list[Any]:
+  """The updates to hand on, of which XLA applies large ones on a CPU only when others made after them are stored.
+
+  By then backward all has been multiplied with the parameters, and XLA knows that they can be overwritten.
+  """
+  large = [i for i, x in enumerate(updates) if x.size > _small.MOST and _made_here(x) and _has_bits(x)]
+  in_turn = sorted(zip(ranks_of(updates[i] for i in large), large, strict=True))
+  ranks = [rank for rank, _ in in_turn]
+  for rank, i in in_turn:
+    first = bisect.bisect_right(ranks, rank)
+    if others := in_turn[first : first + _TURNS]:
+      (passed[i],) = _passing("after").bind(passed[i], seen[others[-1][1]])
+  return passed
 
 
 def later(updates: list[Any], state: jax.Array) -> list[Any]:
