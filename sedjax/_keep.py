@@ -26,8 +26,8 @@ from sedjax import _small
 from sedjax._count import shared_zero_of, zero_of
 from sedjax._primitives import devices_of, lower, maker, makers_before, new_primitive
 
-# An update is applied when so many of the large ones made after it are stored: as many as matrices lie side by side, such
-# as those of queries, keys and values, of which one's update may be made before what another one's is made of.
+# An update is applied when so many of the large ones made after it are stored: as many as matrices lie side by side,
+# such as those of queries, keys and values, of which one's update may be made before what another one's is made of.
 _TURNS = 3
 
 

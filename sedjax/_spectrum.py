@@ -19,6 +19,12 @@ FLOOR = np.float32(1 / 300)
 LOW_DIM = 2000
 # A runner-up within so many standard errors of the winner makes the edge ambiguous.
 _Z = np.float32(3.0)
+# Rows of unequal norms have unequal singular values by themselves, and noise seldom exceeds their ratios by more than
+# so many standard errors of a ratio; nor by so many standard deviations of the norms' logarithms, where these are
+# nearly equal, and singular values keep apart as in the simulation. For leaving an edge, less by a factor. Chosen on
+# noise of all kinds of norms (`benchmarks/noise.py`), which exceeds that no more often than the simulation's
+# thresholds.
+_ERRORS, _DEVIATIONS, _STAYS = np.float32(5.0), np.float32(4.0), np.float32(0.64)
 
 
 class WindowState(NamedTuple):
@@ -73,6 +79,26 @@ def _noise_thresholds(window: int, momentum: float, every: int, dims: jax.Array)
   steps = np.diff(logs, axis=0).astype(np.float32)
   ratios = jnp.exp(logs[0].astype(np.float32) + jnp.matmul(below, steps, precision=jax.lax.Precision.HIGHEST))
   return ratios[:, : window - 1], ratios[:, window - 1 :]
+
+
+def _own_ratios(energy: jax.Array, momentum: float, every: int) -> jax.Array:
+  """float32[G, W - 1]: ratios of noise in rows of these sums of squares [G, W], seen through endless dimensions."""
+  if not momentum:  # such rows are orthogonal
+    return ratios_of(jnp.sqrt(jnp.sort(energy, -1)[:, ::-1]))
+  covariance = _null.row_covariance(energy.shape[-1], momentum, every)
+  norms = jnp.sqrt(energy)
+  gram = norms[:, :, None] * norms[:, None, :] * np.asarray(covariance / covariance[0, 0], np.float32)
+  return ratios_of(_gram.descending_spectrum(gram[None])[0])
+
+
+def _thresholds(energy: jax.Array, dims: jax.Array, momentum: float, every: int) -> tuple[jax.Array, jax.Array]:
+  """As `_noise_thresholds`, for rows of these sums of squares [G, W]."""
+  logs = jnp.log(jnp.maximum(energy, 1e-30)) / 2
+  deviation = jnp.std(logs, -1, ddof=1)
+  margin = jnp.minimum(_ERRORS * jax.lax.rsqrt(jnp.maximum(dims, 1)), _DEVIATIONS * deviation)[:, None]
+  own = _own_ratios(energy, momentum, every)
+  enter, leave = _noise_thresholds(energy.shape[-1], momentum, every, dims)
+  return jnp.maximum(enter, own * jnp.exp(margin)), jnp.maximum(leave, own * jnp.exp(_STAYS * margin))
 
 
 def _selected(x: jax.Array, index: jax.Array, axis: int = -1) -> jax.Array:
@@ -170,7 +196,7 @@ def report_window(
   # A row of zeros, as of a group that is frozen, is no motion; ratios among the others would be those of fewer rows.
   moved = jnp.all(newest.scale > 0, -1)
   usable = full & moved
-  enter, leave = _noise_thresholds(window, momentum, every, dims)
+  enter, leave = _thresholds(energy, dims, momentum, every)
 
   def at_edge(table: jax.Array) -> jax.Array:
     return jnp.take_along_axis(table, k_star[:, None] - 1, -1)[:, 0]

@@ -88,7 +88,8 @@ class Report(NamedTuple):
       (largest / 300), and a ratio that begins below that floor is 0.
     k_star: int32, 1-based place of the largest ratio up to k_max; 0 while the window fills.
     gap_ratio: float32, the ratio at k_star, or 0.
-    null_ratio: float32, what noise with the same momentum exceeds at k_star less than once in 10⁵ rows, or 0.
+    null_ratio: float32, what noise of the same momentum, in rows of the same norms, exceeds at k_star less than once in
+      10⁵ rows, or 0.
     edge_ambiguous: bool, another place's ratio is within the sketch's error of the winner.
     pc1_fraction: float32 in [0, 1], share of the largest singular value in the sum of squares.
     k95: int32, the fewest singular values that hold 95 % of the sum of squares.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import scipy.signal
 
 import sedjax
 from sedjax import Phase, core
@@ -104,6 +105,33 @@ def phases_of(config, rows):
     return state, core.report(state).phase
 
   return jax.lax.scan(step, state, rows)[1]
+
+
+# Of 1,000 rows.
+NORMS = {
+  "2 %": lambda rng: np.exp(0.02 * rng.normal(size=1000)),
+  "5 %": lambda rng: np.exp(0.05 * rng.normal(size=1000)),
+  "50 %": lambda rng: np.exp(0.5 * rng.normal(size=1000)),
+  "warm-up": lambda _: np.arange(1, 1001) / 1000,
+  "cosine": lambda _: 0.51 + 0.49 * np.cos(np.pi * np.arange(1000) / 1000),
+  "drop": lambda _: np.where(np.arange(1000) < 500, 1, 0.1),
+  "one large row": lambda _: np.where(np.arange(1000) == 500, 10, 1),
+}
+
+
+@pytest.mark.parametrize("norms", NORMS)
+@pytest.mark.parametrize(("sketch", "beta"), [("exact", 0.0), ("count", 0.9), ("count", 0.0)])
+def test_noise_of_unequal_norms_has_no_edge(sketch, beta, norms):
+  """Rows of noise are all but orthogonal, and their singular values as unequal as their norms."""
+  rng = np.random.default_rng(0)
+  size = 2000 if sketch == "exact" else 20000
+  rows = rng.normal(size=(1000, size)).astype(np.float32)
+  if beta:
+    rows = scipy.signal.lfilter([1], [1, -beta], rows, axis=0)
+  rows *= NORMS[norms](rng)[:, None]
+  config = core.Config(10, sketch=SKETCHES[sketch], momentum=beta)
+  phases = np.asarray(phases_of(config, jnp.asarray(rows, jnp.float32)))[20:]
+  assert np.mean(phases == Phase.NO_EDGE) >= 0.995
 
 
 # Rows of rise, plateau and collapse in multiples of the window, and the planted strength against noise of norm 1.
