@@ -153,8 +153,11 @@ def _reports_of_gram(
   series: list[Entry], selection: Selection, gram: np.ndarray, fourth: np.ndarray
 ) -> Iterator[tuple[int, Report]]:
   config = selection.config
+  sizes = np.zeros(len(selection.labels))
+  for leaf in selection.leaves:
+    sizes[leaf.label] += leaf.info.size * (1 + (leaf.dtype.kind == "c"))
   if config.groups is not None:
-    gram, fourth = (np.concatenate([x.sum(0, keepdims=True), x]) for x in (gram, fourth))
+    gram, fourth, sizes = (np.concatenate([x.sum(0, keepdims=True), x]) for x in (gram, fourth, sizes))
   empty = {path: jax.ShapeDtypeStruct((0,), np.float32) for path in selection.tree}
   state = lowered_init(selection.config, empty).compile(known(**REPORT_OPTIONS))()
   config = with_any_groups(config)
@@ -169,7 +172,7 @@ def _reports_of_gram(
     products = np.zeros((gram.shape[0], config.slots))
     products[:, : len(near)] = gram[:, row, [row - other for other in near]]
     energy = gram[:, row, 0]
-    dims = exact_dim(energy, fourth[:, row])
+    dims = np.minimum(exact_dim(energy, fourth[:, row]), sizes)
     state = core.push_gram(config, state, products, dims, steps_since(entry, base_step))
     if moved:
       rows, base_step = near, entry.step

@@ -60,7 +60,8 @@ def layout_of(
     specs: inside a `jax.shard_map`, how the leaves are split, by path; those of other paths are not.
 
   Raises:
-    ValueError: `groups` raises or returns something unhashable, two labels read the same, or two leaves share a path.
+    ValueError: `groups` raises or returns something unhashable, two labels read the same, two leaves share a path, or
+      with `specs` a leaf is split over explicit axes, too.
   """
   with_paths = jax.tree_util.tree_leaves_with_path(tree)
   paths = normalised_paths([path for path, _ in with_paths])
@@ -70,6 +71,13 @@ def layout_of(
     splits, meshes = tuple(spec for spec, _ in placed), [mesh for _, mesh in placed if mesh is not None]
     mesh, shapes = (meshes[0] if meshes else None), tuple(np.shape(leaf) for leaf in leaves)
   else:
+    for path, leaf in zip(paths, leaves, strict=True):
+      spec, _ = _placement.explicit_spec(leaf) if is_inexact(leaf) else ((), None)
+      if any(spec):
+        raise ValueError(
+          f"track_spectral_edge: inside the shard_map that axis_name speaks of, leaf {path!r} is split over an "
+          f"explicit axis besides, {spec}; let the shard_map have that axis, too, or make it an automatic one."
+        )
     splits, mesh = tuple(specs.get(path, ()) for path in paths), None
     shapes = tuple(_placement.whole_shape(np.shape(leaf), spec) for leaf, spec in zip(leaves, splits, strict=True))
   where = (shapes, splits, mesh)

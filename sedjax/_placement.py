@@ -131,7 +131,7 @@ class Blocks:
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     self._names: tuple[str, ...] = ()
     self._specs: dict[str, Any] | None = None
-    self._wholes: dict[frozenset[str], dict[str, tuple[int, ...]]] = {}  # as tx.init saw them, by their paths
+    self._wholes: dict[frozenset[str], list[dict[str, tuple[int, ...]]]] = {}  # as tx.init saw them, by their paths
     if isinstance(names, tuple) and names and all(isinstance(name, str) for name in names):
       self._names = names
       return
@@ -160,7 +160,9 @@ class Blocks:
     try:
       axis_sizes(self._names)
     except ValueError:
-      self._wholes[frozenset(shapes)] = dict(shapes)
+      seen = self._wholes.setdefault(frozenset(shapes), [])
+      if dict(shapes) not in seen:
+        seen.append(dict(shapes))
       return None
     if self._specs is None:
       raise ValueError(
@@ -179,22 +181,27 @@ class Blocks:
     sizes = axis_sizes(self._names)
     if self._specs is not None:
       return self._given(shapes)
-    wholes = self._wholes.get(frozenset(shapes))
-    if wholes is None:
+    seen = self._wholes.get(frozenset(shapes))
+    if seen is None:
       raise ValueError(
         "track_spectral_edge: with axis_name, call tx.init with the whole parameters first (jax.eval_shape will do), "
         "or give axis_name=specs, the tree of their PartitionSpecs."
       )
-    specs = {}
-    for path, block in shapes.items():
-      found = _split(block, wholes[path], sizes)
+    splits = [{path: _split(block, wholes[path], sizes) for path, block in shapes.items()} for wholes in seen]
+    fitting = [found for found in splits if all(found.values())] or splits[-1:]
+    if len(fitting) > 1:
+      raise ValueError(
+        f"track_spectral_edge: the blocks fit splits over the mesh axes {sizes} of {len(fitting)} models that tx.init "
+        "saw; make an optimizer for each, or give axis_name=specs, the tree of PartitionSpecs."
+      )
+    for path, found in fitting[0].items():
       if len(found) != 1:
+        whole = seen[splits.index(fitting[0])][path]
         raise ValueError(
-          f"track_spectral_edge: the block {block} of leaf {path!r} of shape {wholes[path]} (as tx.init saw it) fits "
+          f"track_spectral_edge: the block {shapes[path]} of leaf {path!r} of shape {whole} (as tx.init saw it) fits "
           f"{len(found) or 'no'} splits over the mesh axes {sizes}; give axis_name=specs, the tree of PartitionSpecs."
         )
-      specs[path] = found[0]
-    return specs
+    return {path: spec for path, (spec,) in fitting[0].items()}
 
 
 def block_start(shape: tuple[int, ...], spec: Spec) -> tuple[Any, ...]:
@@ -237,7 +244,5 @@ def locally(function: Callable[..., Any], mesh: Any, axes: Sequence[str], arrays
     return function(*arrays, *others)
   split = [[jax.P(*(names or None for names in spec)) for spec in one] for one in specs]
   in_specs = (*split, *(jax.P() for _ in others))
-  run = jax.shard_map(
-    function, mesh=mesh, in_specs=in_specs, out_specs=jax.P(), axis_names=_explicit_axes(mesh), check_vma=False
-  )
+  run = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=jax.P(), axis_names=set(axes), check_vma=False)
   return run(*arrays, *others)

@@ -7,6 +7,7 @@ that `optax.tree.map_params` and partitioners see what they know.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -208,7 +209,10 @@ def _effective_dim(squares: jax.Array, energy: jax.Array) -> jax.Array:
   # than a sum, with which it takes ten times as long.
   whole = jnp.where(total > 0, total, 1) - 6 * squares * (energy + squares)
   shares = jnp.where(whole > 0, fourth / jnp.where(whole > 0, whole, 1), 0).sum(-1)
-  return jnp.where(shares > 0, 1 / jnp.where(shares > 0, shares, 1), 0)
+  dims = jnp.where(shares > 0, 1 / jnp.where(shares > 0, shares, 1), 0)
+  # Numbers of one size, as signs are, would seem to be three times as many as they are.
+  count = (squares > 0).sum(-1, dtype=jnp.int32).astype(jnp.float32)
+  return jnp.minimum(dims, count + 3 * jnp.sqrt(count))
 
 
 def sketch_column(rows: Any, row: Any, slot: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -241,7 +245,8 @@ def sketch_column(rows: Any, row: Any, slot: jax.Array, scales: jax.Array) -> tu
 def exact_dim(energy: Any, fourth: Any) -> Any:
   """The dimension that rows have of which all numbers are known, from the sums of their squares and fourth powers.
 
-  Of n normal numbers of one variance it is about n, of one that outweighs the others 1, of zeros 0.
+  Of n normal numbers of one variance it is about n, of one that outweighs the others 1, of zeros 0. Of n signs it is
+  3n, where n is meant: callers take no more than there are numbers.
   """
   return 3 * energy**2 / (fourth + (fourth == 0)) - 2 * (fourth > 0)
 
@@ -250,10 +255,17 @@ def _exact_column(
   config: Config, layout: Layout, rows: Any, row: Any, slot: jax.Array, scales: jax.Array
 ) -> tuple[Any, Any, Any]:
   tracked = _tracked(layout)
+  ring, new = ([leaves[i] for i in tracked] for leaves in map(jax.tree.leaves, (rows, row)))
   # Members of each group, the whole model first.
   members = [list(range(len(tracked)))]
   if config.groups is not None:
     members += [[i for i, t in enumerate(tracked) if layout.group[t] == g] for g in range(len(layout.labels))]
+
+  shapes = [layout.shapes[i] for i in tracked]
+  counts = [  # complex leaves have one more axis
+    math.prod(shape) * 2 ** (x.ndim - len(shape)) for shape, x in zip(shapes, new, strict=True)
+  ]
+  sizes = [sum(counts[i] for i in group) for group in members]
 
   def local(blocks: list[jax.Array], row: list[jax.Array], slot: jax.Array, scales: jax.Array) -> tuple[Any, Any, Any]:
     # Twice the power of two at or below the largest number: scaled rows lie within [-1, 1].
@@ -280,7 +292,6 @@ def _exact_column(
     column, sums = jnp.stack([jnp.stack(highs), jnp.stack(lows)]), jnp.stack(sums)
     if layout.axes:
       column, sums = _gram.psum_pairs(column, sums, layout.axes)
-    return column, scale, exact_dim(sums[:, 0], sums[:, 1])
+    return column, scale, jnp.minimum(exact_dim(sums[:, 0], sums[:, 1]), np.asarray(sizes, np.float32))
 
-  ring, new = ([leaves[i] for i in tracked] for leaves in map(jax.tree.leaves, (rows, row)))
   return _locally(layout, local, [ring, new], slot, scales)

@@ -81,6 +81,7 @@ def _noise_thresholds(window: int, momentum: float, every: int, dims: jax.Array)
   return ratios[:, : window - 1], ratios[:, window - 1 :]
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))  # as above
 def _own_ratios(energy: jax.Array, momentum: float, every: int) -> jax.Array:
   """float32[G, W - 1]: ratios of noise in rows of these sums of squares [G, W], seen through endless dimensions."""
   if not momentum:  # such rows are orthogonal

@@ -134,6 +134,16 @@ def test_noise_of_unequal_norms_has_no_edge(sketch, beta, norms):
   assert np.mean(phases == Phase.NO_EDGE) >= 0.995
 
 
+@pytest.mark.parametrize(
+  ("sketch", "size"), [(sedjax.sketch.exact(), 3000), (sedjax.sketch.count(), 2000), (sedjax.sketch.count(), 200)]
+)
+def test_noise_of_signs_has_no_edge(sketch, size):
+  """As some optimizers' updates are: their fourth powers do not tell how many there are."""
+  rows = jnp.sign(jax.random.normal(jax.random.key(0), (4000, size)))
+  phases = np.asarray(phases_of(core.Config(10, sketch=sketch), rows))[9:]
+  assert np.all(phases == Phase.NO_EDGE)
+
+
 # Rows of rise, plateau and collapse in multiples of the window, and the planted strength against noise of norm 1.
 SHAPES = [(0.2, 4, 0.2, 1.5), (1, 4, 1, 1.5), (2, 4, 2, 1.5), (5, 5, 1, 1.5), (3, 6, 1, 3.0), (10, 10, 2, 2.0)]
 

@@ -337,6 +337,26 @@ def test_vmapped_seeds_over_an_explicit_axis(options):
   assert_same(found, expected)
 
 
+@pytest.mark.parametrize("sketch", ["count", pytest.param("exact", marks=pytest.mark.slow)])
+def test_vmapped_seeds_over_an_explicit_axis_of_models_split_over_another(sketch):
+  tx = sedjax.track_spectral_edge(3, sketch=SKETCHES[sketch])
+  steps = [{"w": np.stack([seed * step["odd"][:, :6] for seed in range(1, 5)])} for step in STEPS]
+  mesh = jax.make_mesh((4, 2), ("seed", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+  def reports(split):
+    state = jax.jit(jax.vmap(tx.init))(split[0])
+    update = jax.jit(jax.vmap(lambda u, s: tx.update(u, s)[1]))
+    for step in split:
+      state = update(step, state)
+    return jax.device_get(sedjax.get_reports(state))
+
+  expected = reports(steps)
+  with jax.set_mesh(mesh):
+    place = jax.NamedSharding(mesh, P("seed", None, "model"))
+    found = reports([{"w": jax.device_put(step["w"], place)} for step in steps])
+  assert_same(found, expected)
+
+
 @pytest.mark.parametrize(
   ("sketch", "source"), [("count", "updates"), ("exact", "params")], ids=["count, updates", "exact, params"]
 )
@@ -487,6 +507,34 @@ def test_blocks_that_fit_no_split_or_several():
   tx = tracker(SKETCHES["count"], axis_name=("x", "y"))
   with pytest.raises(ValueError, match=r"fits 2 splits .* give axis_name=specs"):
     in_shard_map(tx, LAYOUTS["leading"], mesh=square)
+
+
+def test_blocks_that_fit_several_models_that_init_saw():
+  """One of which is twice as wide and would be split over the other axis."""
+  mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+  tx, step, layout = tracker(SKETCHES["count"], axis_name=("x", "y")), {"w": np.ones((8, 5), np.float32)}, {"w": P("x")}
+  state = tx.init(step)
+  update = jax.shard_map(
+    lambda u, s: tx.update(u, s)[1], mesh=mesh, in_specs=(layout, P()), out_specs=P(), check_vma=False
+  )
+  jax.jit(update)(step, state)
+  tx.init({"w": jax.ShapeDtypeStruct((24, 5), np.float32)})  # which has no such blocks
+  jax.jit(update)(step, state)
+  tx.init({"w": jax.ShapeDtypeStruct((16, 5), np.float32)})
+  with pytest.raises(ValueError, match=r"fit splits .* of 2 models that tx.init saw; make an optimizer for each"):
+    jax.eval_shape(lambda step, state: update(step, state), step, state)
+
+
+def test_blocks_that_are_split_over_an_explicit_axis_besides():
+  mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto, AxisType.Explicit))
+  tx, step = tracker(SKETCHES["count"], axis_name="x"), {"w": np.ones((8, 6), np.float32)}
+  state = tx.init(step)
+  update = jax.shard_map(
+    lambda u, s: tx.update(u, s)[1], mesh=mesh, in_specs=({"w": P("x")}, P()), out_specs=P(), axis_names={"x"},
+    check_vma=False,
+  )  # fmt: skip
+  with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"leaf 'w' is split over an explicit axis besides"):
+    jax.jit(update)({"w": jax.device_put(step["w"], jax.NamedSharding(mesh, P("x", "y")))}, state)
 
 
 def test_specs_without_a_leaf():
