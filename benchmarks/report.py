@@ -285,7 +285,7 @@ def show_results() -> str:
   parts += [tables(stem, sections) for stem, sections in devices().items()]
   for file in sorted(RESULTS.glob("posthoc-*.json")):
     parts += [f"## Checkpoints, on {file.stem.removeprefix('posthoc-')}", posthoc_table(file.stem)]
-  parts += ["## Fidelity", fidelity_targets(), "## A large record", show_records()]
+  parts += ["## Fidelity", fidelity_targets(), "## Noise", show_noise(), "## A large record", show_records()]
   return "\n\n".join(parts) + "\n"
 
 
@@ -384,6 +384,24 @@ def posthoc_table(stem: str) -> str:
     shown = digits(found) if found >= 1e-4 or found == 0 else f"{found:.1g}"
     targets.append([name, shown, digits(target["most"]), met(target)])
   return f"{table(head, rows)}\n\n*{size}. {made}.*\n\n{table(TARGETS, targets)}"
+
+
+def show_noise() -> str:
+  """How often noise alone passed for an edge."""
+  result = stored("noise")
+  kinds = {0.0: "equal", "schedule": "warm-up and cosine"}
+  rows = []
+  for line in result["lines"]:
+    norms = kinds[line["norms"]] if line["norms"] in kinds else f"vary by {percent(line['norms'])}"
+    low, high = (digits(1e5 * count / line["rows"], 2) for count in line["clusters_interval_95"])
+    count = f"{line['clusters']} ({line['alarms']})"
+    cells = [str(line[name]) for name in ("momentum", "every")]
+    rate = f"{digits(1e5 * line['clusters'] / line['rows'], 2)} ({low} to {high})"
+    rows.append([f"W = {line['window']}, d = {line['dim']:,}", *cells, norms, f"{line['rows']:,}", count, rate])
+  head = ["window", "momentum", "steps a row", "norms", "rows", "false alarms (rows of them)", "in 10⁵ rows"]
+  made = f"`{result['made_by']['command']}`; {origin([result['made_by']])}; `benchmarks/results/noise.json`"
+  words = "Noise whose gap ratio exceeded `null_ratio`; intervals of 95 %"
+  return f"{words}:\n\n{table(head, rows)}\n\n*{made}.*"
 
 
 def show_records() -> str:

@@ -28,10 +28,10 @@ def migrate(old_state: Any, new_state: Any) -> Any:
   """Carries an optimizer state over to an optimizer that differs in its trackers only.
 
   One function attaches, detaches and resizes: everything but the trackers is taken from `old_state` as it is; a tracker
-  of the same name in both keeps its newest rows, with reports and phases for the window sizes that both have; a tracker
-  that is only in `new_state` starts empty, and says WINDOW_FILLING until it is full. Where `every` changed, rows of
-  both lengths share the window for a while, and the status says PARTIAL_ROW; with `every=1` the steps since the last
-  row are lost.
+  of the same name in both keeps its newest rows, with reports and phases for the window sizes that both have (a new
+  size has its first `turning` one row later than its other numbers); a tracker that is only in `new_state` starts
+  empty, and says WINDOW_FILLING until it is full. Where `every` changed, rows of both lengths share the window for a
+  while, and the status says PARTIAL_ROW; with `every=1` the steps since the last row are lost.
 
   Args:
     old_state: any optax state, for instance restored from a checkpoint.

@@ -244,5 +244,8 @@ def locally(function: Callable[..., Any], mesh: Any, axes: Sequence[str], arrays
     return function(*arrays, *others)
   split = [[jax.P(*(names or None for names in spec)) for spec in one] for one in specs]
   in_specs = (*split, *(jax.P() for _ in others))
-  run = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=jax.P(), axis_names=set(axes), check_vma=False)
+  names = _explicit_axes(mesh)
+  # Of none JAX makes all but those over which a surrounding vmap has its seeds.
+  names = set() if names == set(mesh.axis_names) else names
+  run = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=jax.P(), axis_names=names, check_vma=False)
   return run(*arrays, *others)

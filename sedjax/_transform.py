@@ -54,7 +54,8 @@ def track_spectral_edge(
   which XLA then fuses other operations, may round differently in making it than the same step without a tracker.
   Leaves of integers, booleans, float0 and PRNG keys are not tracked (the report's status says so); a complex leaf
   counts as its real and imaginary parts. Inside `optax.MultiSteps` the tracker is computed on each micro-step and kept
-  on the last one; around it, the micro-steps' zero updates are skipped and counted.
+  on the last one; around it, the micro-steps' zero updates are skipped and counted (where the source is parameters,
+  `every` counts micro-steps).
 
   Args:
     window: int >= 3, rows in the window, or a tuple of ints for several windows over one buffer.
@@ -83,8 +84,9 @@ def track_spectral_edge(
       `source="params"` without parameters. The message names what was given and what is accepted.
 
   Cost: one read of the updates a step, which a program that makes them also stores, once; (W + 3)·dim·4 bytes a group;
-    every row, a Gram column and an eigenproblem of W rows in each group and window. What noise shows is simulated on
-    the host when the tracker is first traced, once for each window, in W³ operations: seconds from 128 rows on.
+    every row, a Gram column and an eigenproblem of W rows in each group and window (with a `momentum` two, the other
+    for noise in rows of the same norms). What noise shows is simulated on the host when the tracker is first traced,
+    once for each window, in W³ operations: seconds from 128 rows on.
 
   Source: arXiv 2603.15678. Departures: rows are steps rather than checkpoints, seen through a sketch; `k_max`; the
     phases are streaming, without hindsight.

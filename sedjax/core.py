@@ -367,7 +367,7 @@ def observe(
     ValueError: params are needed and absent, `step` is no integer scalar, or the state is of another tree or tracker.
     TypeError: `config` is no `Config`, or `state` no `TrackerState`.
 
-  Cost: one read of the updates, and a Gram column and an eigenproblem of W rows once a row.
+  Cost: one read of the updates, and once a row a Gram column and an eigenproblem of W rows, with a momentum two.
 
   Example:
     >>> import jax, jax.numpy as jnp, sedjax
