@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedjax import _gram, _null
+from sedjax._count import later_than
 from sedjax._phase import PhaseState, step_phase
 from sedjax._types import Report, Status
 
@@ -197,7 +198,8 @@ def report_window(
   # A row of zeros, as of a group that is frozen, is no motion; ratios among the others would be those of fewer rows.
   moved = jnp.all(newest.scale > 0, -1)
   usable = full & moved
-  enter, leave = _thresholds(energy, dims, momentum, every)
+  # One eigenproblem after the other (see `core`).
+  enter, leave = _thresholds(later_than(energy, relative), dims, momentum, every)
 
   def at_edge(table: jax.Array) -> jax.Array:
     return jnp.take_along_axis(table, k_star[:, None] - 1, -1)[:, 0]

@@ -186,10 +186,10 @@ def _enter(
   count = jnp.minimum(state.pushed, _INT_MAX - 1) + 1
   filled = jnp.minimum(state.filled + 1, config.slots)
   order = (slot - jnp.arange(config.slots, dtype=jnp.int32)) % config.slots
-  windows, reports = [], []
+  windows, reports, seen = [], [], facts
   for window, window_state in zip(config.windows, state.windows, strict=True):
     report, window_state = report_window(
-      facts,
+      seen,
       window_state,
       order,
       count,
@@ -202,6 +202,9 @@ def _enter(
     )
     reports.append(report)
     windows.append(window_state)
+    # One eigenproblem after the other: jaxlib's solver of several at once (under vmap, or of groups) occupies a thread
+    # of XLA's pool on CPU while it waits for others, and as many calls as there are threads would wait forever.
+    seen = seen._replace(gram=later_than(seen.gram, report.null_ratio))
   history = tuple(
     jax.tree.map(
       lambda ring, new: ring.at[state.pushed % config.history].set(new),

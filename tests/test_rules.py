@@ -1,6 +1,7 @@
 """What becomes a row, and what the reports then say: against rows that NumPy sums by the stated rules."""
 
 import functools
+import re
 
 import contract
 import jax
@@ -306,6 +307,23 @@ def test_windows_share_one_buffer():
     alone, _ = reports_of(_tracker(window, 1, COUNT), updates, updates)
     assert_reports_near(sedjax.get_report(together, window=window), sedjax.get_report(alone))
   assert_reports_near(sedjax.get_report(together), sedjax.get_report(together, window=6))
+
+
+@pytest.mark.parametrize("sketch", [sedjax.sketch.count(256), sedjax.sketch.exact()], ids=["count", "exact"])
+def test_one_eigenproblem_comes_after_the_other(sketch):
+  """Two at once, of several matrices each, may wait for each other forever on a CPU of two cores (jaxlib 0.10.2)."""
+  tx = sedjax.track_spectral_edge((3, 4, 6), momentum=0.9, sketch=sketch, groups=lambda path: path)
+  params = {name: jax.ShapeDtypeStruct((2, 20, 30), jnp.float32) for name in "vw"}
+  update = jax.jit(jax.vmap(lambda updates, state: tx.update(updates, state)[1]))
+  text = update.lower(params, jax.eval_shape(jax.vmap(tx.init), params)).compile().as_text()
+  before, solvers = {}, []  # by instruction, those that have to come before it; in the order of the text
+  for line in text.split("ENTRY ")[1].splitlines():
+    name, *operands = re.findall(r"%([\w.-]+)", line.split(", metadata=")[0]) or [""]
+    before[name] = set(operands).union(*(before.get(operand, set()) for operand in operands))
+    if "syevd" in line and " custom-call(" in line:
+      assert set(solvers) <= before[name]
+      solvers.append(name)
+  assert len(solvers) == 2 * 3
 
 
 def test_history_is_the_last_reports():
