@@ -13,7 +13,7 @@ import numpy as np
 from sedjax import core
 from sedjax._ahead import Buffers, Progress, in_order
 from sedjax._compile import REPORT_OPTIONS, known, lowered_init, with_any_groups
-from sedjax._rows import exact_dim
+from sedjax._rows import exact_dim, most_dims
 from sedjax._selection import Leaf, Reading, Selection
 from sedjax._series import LARGEST_NORM, Entry, error_at, steps_since, too_large
 from sedjax._store import Store, check_unchanged, signature_of
@@ -172,7 +172,7 @@ def _reports_of_gram(
     products = np.zeros((gram.shape[0], config.slots))
     products[:, : len(near)] = gram[:, row, [row - other for other in near]]
     energy = gram[:, row, 0]
-    dims = np.minimum(exact_dim(energy, fourth[:, row]), sizes)
+    dims = np.minimum(exact_dim(energy, fourth[:, row]), most_dims(sizes))
     state = core.push_gram(config, state, products, dims, steps_since(entry, base_step))
     if moved:
       rows, base_step = near, entry.step

@@ -187,13 +187,42 @@ def read_parameters(config: Config, layout: Layout, rows: Any, base: Any) -> tup
   return jnp.stack([coarse, fine]), row, error > np.float32(0.01) * _norm(row)
 
 
+def _members(config: Config, layout: Layout) -> list[list[int]]:
+  """The tracked leaves of each group, by their number among these; of the whole model first."""
+  tracked = _tracked(layout)
+  members = [list(range(len(tracked)))]
+  if config.groups is not None:
+    members += [[i for i, t in enumerate(tracked) if layout.group[t] == g] for g in range(len(layout.labels))]
+  return members
+
+
+def most_dims(sizes: Any) -> np.ndarray:
+  """Of rows of so many numbers, in NumPy: numbers of one size, as signs are, seem to be three times as many.
+
+  What is guessed from few numbers may exceed them a little.
+  """
+  return np.asarray(sizes) + 3 * np.sqrt(sizes)
+
+
+# Under jit, so that the sizes are no operand of a `cond` (see `_gram`).
+@functools.partial(jax.jit, static_argnums=1)
+def _at_most(dims: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+  return jnp.minimum(dims, most_dims(sizes).astype(np.float32))
+
+
 def gram_column(
   config: Config, layout: Layout, rows: Any, row: Any, slot: jax.Array, scales: jax.Array
 ) -> tuple[Any, Any, Any]:
   """Gram column of `row`, to be written into `slot` of `rows`: float32[parts, G, n]; its scales and dimensions [G]."""
   if config.exact:
-    return _exact_column(config, layout, rows, row, slot, scales)
-  return sketch_column(rows, row, slot, scales)
+    column, scale, dims = _exact_column(config, layout, rows, row, slot, scales)
+  else:
+    column, scale, dims = sketch_column(rows, row, slot, scales)
+  counts = [
+    math.prod(layout.shapes[i]) * (1 + jnp.issubdtype(layout.leaves[i].dtype, jnp.complexfloating))
+    for i in _tracked(layout)
+  ]
+  return column, scale, _at_most(dims, tuple(sum(counts[i] for i in group) for group in _members(config, layout)))
 
 
 def _effective_dim(squares: jax.Array, energy: jax.Array) -> jax.Array:
@@ -209,10 +238,7 @@ def _effective_dim(squares: jax.Array, energy: jax.Array) -> jax.Array:
   # than a sum, with which it takes ten times as long.
   whole = jnp.where(total > 0, total, 1) - 6 * squares * (energy + squares)
   shares = jnp.where(whole > 0, fourth / jnp.where(whole > 0, whole, 1), 0).sum(-1)
-  dims = jnp.where(shares > 0, 1 / jnp.where(shares > 0, shares, 1), 0)
-  # Numbers of one size, as signs are, would seem to be three times as many as they are.
-  count = (squares > 0).sum(-1, dtype=jnp.int32).astype(jnp.float32)
-  return jnp.minimum(dims, count + 3 * jnp.sqrt(count))
+  return jnp.where(shares > 0, 1 / jnp.where(shares > 0, shares, 1), 0)
 
 
 def sketch_column(rows: Any, row: Any, slot: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -246,7 +272,7 @@ def exact_dim(energy: Any, fourth: Any) -> Any:
   """The dimension that rows have of which all numbers are known, from the sums of their squares and fourth powers.
 
   Of n normal numbers of one variance it is about n, of one that outweighs the others 1, of zeros 0. Of n signs it is
-  3n, where n is meant: callers take no more than there are numbers.
+  3n (see `most_dims`).
   """
   return 3 * energy**2 / (fourth + (fourth == 0)) - 2 * (fourth > 0)
 
@@ -254,18 +280,7 @@ def exact_dim(energy: Any, fourth: Any) -> Any:
 def _exact_column(
   config: Config, layout: Layout, rows: Any, row: Any, slot: jax.Array, scales: jax.Array
 ) -> tuple[Any, Any, Any]:
-  tracked = _tracked(layout)
-  ring, new = ([leaves[i] for i in tracked] for leaves in map(jax.tree.leaves, (rows, row)))
-  # Members of each group, the whole model first.
-  members = [list(range(len(tracked)))]
-  if config.groups is not None:
-    members += [[i for i, t in enumerate(tracked) if layout.group[t] == g] for g in range(len(layout.labels))]
-
-  shapes = [layout.shapes[i] for i in tracked]
-  counts = [  # complex leaves have one more axis
-    math.prod(shape) * 2 ** (x.ndim - len(shape)) for shape, x in zip(shapes, new, strict=True)
-  ]
-  sizes = [sum(counts[i] for i in group) for group in members]
+  tracked, members = _tracked(layout), _members(config, layout)
 
   def local(blocks: list[jax.Array], row: list[jax.Array], slot: jax.Array, scales: jax.Array) -> tuple[Any, Any, Any]:
     # Twice the power of two at or below the largest number: scaled rows lie within [-1, 1].
@@ -292,6 +307,7 @@ def _exact_column(
     column, sums = jnp.stack([jnp.stack(highs), jnp.stack(lows)]), jnp.stack(sums)
     if layout.axes:
       column, sums = _gram.psum_pairs(column, sums, layout.axes)
-    return column, scale, jnp.minimum(exact_dim(sums[:, 0], sums[:, 1]), np.asarray(sizes, np.float32))
+    return column, scale, exact_dim(sums[:, 0], sums[:, 1])
 
+  ring, new = ([leaves[i] for i in tracked] for leaves in map(jax.tree.leaves, (rows, row)))
   return _locally(layout, local, [ring, new], slot, scales)

@@ -7,9 +7,8 @@ are compared with exact ones; nothing here is drawn twice, so a test that passes
 import functools
 import hashlib
 import math
-import types
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 
 import sedjax
-from sedjax._rows import gram_column
+from sedjax._rows import sketch_column
 
 # The cases share their draws.
 pytestmark = pytest.mark.xdist_group("quality of the sketch")
@@ -145,12 +144,10 @@ class Draws(NamedTuple):
 @jax.jit
 def library_dims(rows):
   """float32[n]: the effective dimensions that the library gives to n rows of single leaves."""
-  config: Any = types.SimpleNamespace(exact=False, groups=None)
-  layout: Any = None  # which sketched rows do not ask for
 
   def one(row):
     ring, scales = jnp.zeros((1, 1, row.size), jnp.float32), jnp.zeros((1, 1), jnp.float32)
-    return gram_column(config, layout, ring, row[None], jnp.int32(0), scales)[2][0]
+    return sketch_column(ring, row[None], jnp.int32(0), scales)[2][0]
 
   return jax.vmap(one)(rows)
 
