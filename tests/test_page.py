@@ -153,7 +153,7 @@ def test_numbers_that_are_missing_are_not_a_window_that_fills(made):
 def test_momentum_that_was_not_told_is_asked_about(made):
   """Ratios that exceed white noise and not what momentum 0.9 makes of it."""
   low = made.assign(gap_ratio=xr.where(made.gap_ratio > 0, 1.1, made.gap_ratio).astype("float32"), k_star=made.k_star)
-  low = low.assign(k_star=xr.where(made.k_star > 0, 1, 0))
+  low = low.assign(k_star=xr.where(made.k_star > 0, 1, 0), edge_ambiguous=xr.zeros_like(made.edge_ambiguous))
   assert warnings_of(_page.make_page(low.assign_attrs(every=10))) == ["Momentum may explain the edge."]
   del low.attrs["momentum"]
   assert "does not record the optimizer’s momentum" in words(_page.make_page(low.assign_attrs(every=10)))
