@@ -210,9 +210,9 @@ def report_window(
   sigma_1 = jnp.where(some, relative[:, 0], 1)
   weights = jnp.where(some[:, None], leading * shrink / sigma_1[:, None], 0)  # of the scaled rows
   direction, projections, turning = _follow(rows, state.direction, weights, order)
-  last = order[0]
-  norm = jnp.sqrt(jnp.maximum(rows.gram[0][:, last, last], 0))
-  alignment = jnp.abs(projections[:, last]) / jnp.where(norm > 0, norm, 1)
+  norm = jnp.sqrt(jnp.maximum(newest.gram[0][:, 0, 0], 0))
+  here = jnp.arange(order.shape[0], dtype=jnp.int32) == order[0]
+  alignment = jnp.abs(jnp.where(here, projections, 0).sum(-1)) / jnp.where(norm > 0, norm, 1)
 
   spread = jnp.cumsum(relative**2, -1)
   k95 = jnp.sum(spread < np.float32(0.95) * spread[:, -1:], -1).astype(jnp.int32) + 1
@@ -242,11 +242,11 @@ def report_window(
     drift_speed=jnp.sqrt(jnp.maximum(gram[0].sum((-2, -1)), 0)) / jnp.clip(filled, 1, window) * unit,
     alignment=jnp.clip(alignment, 0, 1),
     turning=jnp.where((filled > window) & some & jnp.any(state.direction != 0, -1), jnp.clip(turning, 0, 1), 0),
-    last_update_norm=norm * rows.scale[:, last],
+    last_update_norm=norm * newest.scale[:, 0],
     effective_dim=dims,
     phase=phase.phase,
     count=everywhere(count),
-    row_steps=everywhere(jnp.abs(rows.steps[last])),
+    row_steps=everywhere(jnp.abs(newest.steps[0])),
     skipped_nonfinite=everywhere(jnp.int32(0)),
     skipped_zero=everywhere(jnp.int32(0)),
     status=bits.astype(jnp.int32),

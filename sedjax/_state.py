@@ -80,17 +80,18 @@ _PHASE_INTS = ("phase", "peak_age", "age")
 _PHASE_FLOATS = tuple(name for name in PhaseState._fields if name not in _PHASE_INTS)
 
 
+@jax.jit  # so that no table is an operand of a `cond` (see `_gram`)
 def _side_by_side(arrays: list[jax.Array]) -> jax.Array:
   """Concatenates along the last axis, in one kernel; XLA stores each operand of a concatenation on its own."""
   shape = (*arrays[0].shape[:-1], sum(x.shape[-1] for x in arrays))
-  index = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+  index = np.arange(shape[-1])
   zero = arrays[0].dtype.type(0)
   total, at = lax.full(shape, zero), 0
   for x in arrays:
     end = at + x.shape[-1]
     if end > at + 1:
       x = lax.pad(x, zero, [(0, 0, 0)] * (x.ndim - 1) + [(at, shape[-1] - end, 0)])
-    total = lax.select(lax.ge(index, np.int32(at)), jnp.broadcast_to(x, shape), total)
+    total = jnp.where(index >= at, x, total)  # comparisons of its own XLA would store under vmap, each in a kernel
     at = end
   return total
 
