@@ -66,13 +66,12 @@ def layout_of(
   with_paths = jax.tree_util.tree_leaves_with_path(tree)
   paths = normalised_paths([path for path, _ in with_paths])
   leaves = tuple(jnp.asarray(leaf) if isinstance(leaf, float | complex) else leaf for _, leaf in with_paths)
+  placed = [_placement.explicit_spec(leaf) if is_inexact(leaf) else ((), None) for leaf in leaves]
   if specs is None:
-    placed = [_placement.explicit_spec(leaf) if is_inexact(leaf) else ((), None) for leaf in leaves]
     splits, meshes = tuple(spec for spec, _ in placed), [mesh for _, mesh in placed if mesh is not None]
     mesh, shapes = (meshes[0] if meshes else None), tuple(np.shape(leaf) for leaf in leaves)
   else:
-    for path, leaf in zip(paths, leaves, strict=True):
-      spec, _ = _placement.explicit_spec(leaf) if is_inexact(leaf) else ((), None)
+    for path, (spec, _) in zip(paths, placed, strict=True):
       if any(spec):
         raise ValueError(
           f"track_spectral_edge: inside the shard_map that axis_name speaks of, leaf {path!r} is split over an "
