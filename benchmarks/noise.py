@@ -32,6 +32,7 @@ import scipy.stats
 
 import sedjax
 from sedjax import core
+from sedjax._push import push_row
 
 ROOT = Path(__file__).resolve().parent.parent
 # (window, momentum, every, dim, how norms vary: standard deviation of their logarithm, or "schedule")
@@ -85,7 +86,7 @@ def more_rows(
     (states, velocity), (norm, key) = carry, norm_and_key
     velocity, steps = jax.lax.scan(step, velocity, jax.random.split(key, config.every))
     row = norm[:, None, None] * steps.sum(0)[:, None]
-    states = jax.vmap(lambda state, row: core.push_row(config, state, row, np.int32(config.every)))(states, row)
+    states = jax.vmap(lambda state, row: push_row(config, state, row, np.inf, np.int32(config.every)))(states, row)
     report = jax.vmap(core.report)(states)
     full = report.count >= config.windows[-1]
     alarm = full & (report.gap_ratio > report.null_ratio)

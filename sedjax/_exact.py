@@ -13,6 +13,7 @@ import numpy as np
 from sedjax import core
 from sedjax._ahead import Buffers, Progress, in_order
 from sedjax._compile import REPORT_OPTIONS, known, lowered_init, with_any_groups
+from sedjax._push import push_gram
 from sedjax._rows import exact_dim, most_dims
 from sedjax._selection import Leaf, Reading, Selection
 from sedjax._series import LARGEST_NORM, Entry, error_at, steps_since, too_large
@@ -153,11 +154,9 @@ def _reports_of_gram(
   series: list[Entry], selection: Selection, gram: np.ndarray, fourth: np.ndarray
 ) -> Iterator[tuple[int, Report]]:
   config = selection.config
-  sizes = np.zeros(len(selection.labels))
-  for leaf in selection.leaves:
-    sizes[leaf.label] += leaf.info.size * (1 + (leaf.dtype.kind == "c"))
   if config.groups is not None:
-    gram, fourth, sizes = (np.concatenate([x.sum(0, keepdims=True), x]) for x in (gram, fourth, sizes))
+    gram, fourth = (np.concatenate([x.sum(0, keepdims=True), x]) for x in (gram, fourth))
+  most = most_dims(selection.sizes)
   empty = {path: jax.ShapeDtypeStruct((0,), np.float32) for path in selection.tree}
   state = lowered_init(selection.config, empty).compile(known(**REPORT_OPTIONS))()
   config = with_any_groups(config)
@@ -172,8 +171,8 @@ def _reports_of_gram(
     products = np.zeros((gram.shape[0], config.slots))
     products[:, : len(near)] = gram[:, row, [row - other for other in near]]
     energy = gram[:, row, 0]
-    dims = np.minimum(exact_dim(energy, fourth[:, row]), most_dims(sizes))
-    state = core.push_gram(config, state, products, dims, steps_since(entry, base_step))
+    dims = np.minimum(exact_dim(energy, fourth[:, row]), most)
+    state = push_gram(config, state, products, dims, steps_since(entry, base_step))
     if moved:
       rows, base_step = near, entry.step
     yield row + 1, core.reports(state)

@@ -210,6 +210,15 @@ def _at_most(dims: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
   return jnp.minimum(dims, most_dims(sizes).astype(np.float32))
 
 
+def _sizes(config: Config, layout: Layout) -> tuple[int, ...]:
+  """How many numbers the rows of each group have; a complex one is two."""
+  counts = [
+    math.prod(layout.shapes[i]) * (1 + jnp.issubdtype(layout.leaves[i].dtype, jnp.complexfloating))
+    for i in _tracked(layout)
+  ]
+  return tuple(sum(counts[i] for i in group) for group in _members(config, layout))
+
+
 def gram_column(
   config: Config, layout: Layout, rows: Any, row: Any, slot: jax.Array, scales: jax.Array
 ) -> tuple[Any, Any, Any]:
@@ -218,11 +227,7 @@ def gram_column(
     column, scale, dims = _exact_column(config, layout, rows, row, slot, scales)
   else:
     column, scale, dims = sketch_column(rows, row, slot, scales)
-  counts = [
-    math.prod(layout.shapes[i]) * (1 + jnp.issubdtype(layout.leaves[i].dtype, jnp.complexfloating))
-    for i in _tracked(layout)
-  ]
-  return column, scale, _at_most(dims, tuple(sum(counts[i] for i in group) for group in _members(config, layout)))
+  return column, scale, _at_most(dims, _sizes(config, layout))
 
 
 def _effective_dim(squares: jax.Array, energy: jax.Array) -> jax.Array:
@@ -242,7 +247,7 @@ def _effective_dim(squares: jax.Array, energy: jax.Array) -> jax.Array:
 
 
 def sketch_column(rows: Any, row: Any, slot: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`gram_column` for random sketches; what is not finite counts as 0."""
+  """`gram_column` for random sketches, of dimensions without bound; what is not finite counts as 0."""
   grouped = scales.shape[0] > row.shape[0]
   row = _of_groups(row, grouped)
   peaks = _peaks(row)

@@ -85,6 +85,14 @@ class Selection:
     return (WHOLE,) if self.config.groups is None else (WHOLE, *self.labels)
 
   @property
+  def sizes(self) -> np.ndarray:
+    """float64[G]: how many numbers the rows of each group have; a complex one is two."""
+    sizes = np.zeros(len(self.labels))
+    for leaf in self.leaves:
+      sizes[leaf.label] += leaf.info.size * (1 + (leaf.dtype.kind == "c"))
+    return sizes if self.config.groups is None else np.append(sizes.sum(), sizes)
+
+  @property
   def bytes(self) -> int:
     return sum(leaf.info.size * leaf.dtype.itemsize for leaf in self.leaves)
 

@@ -52,7 +52,7 @@ class Parts(NamedTuple):
   cursor: jax.Array  # int32[], slot being filled
   pushed: jax.Array  # int32[], rows pushed since the tracker began
   filled: jax.Array  # int32[], rows that the ring holds
-  elapsed: jax.Array  # int32[], calls since the last row was pushed
+  elapsed: jax.Array  # int32[], steps in the row so far; of parameters since they were read, 0 before that
   nonfinite: jax.Array  # int32[], steps left out
   zero: jax.Array  # int32[], steps of exactly zero update
   flags: jax.Array  # int32[], status bits that hold for all reports

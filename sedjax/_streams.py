@@ -18,6 +18,8 @@ from sedjax import core
 from sedjax._ahead import Buffers, Progress, in_order
 from sedjax._compile import COMPILERS, REPORT_OPTIONS, known, lowered_init, with_any_groups
 from sedjax._leaves import Part, Sketcher
+from sedjax._push import push_row
+from sedjax._rows import most_dims
 from sedjax._selection import Leaf, Reading, Selection
 from sedjax._series import LARGEST_NORM, CheckpointError, Entry, error_at, steps_since, too_large
 from sedjax._store import Store, check_unchanged, signature_of
@@ -39,14 +41,17 @@ def _compiled_push(config: core.Config, like: tuple[Any, ...]) -> tuple[Any, Rep
     like: the state's tree, then shape and dtype of each of its arrays.
   """
 
-  def push(state: core.TrackerState, row: jax.Array, steps: Any, lossy: Any) -> tuple[core.TrackerState, Report]:
-    state = core.push_row(config, state, row, steps, lossy)
+  def push(
+    state: core.TrackerState, row: jax.Array, most: Any, steps: Any, lossy: Any
+  ) -> tuple[core.TrackerState, Report]:
+    state = push_row(config, state, row, most, steps, lossy)
     return state, core.reports(state)
 
   structure, *leaves = like
   state = structure.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
   row = jax.ShapeDtypeStruct(state.rows.shape[1:], np.float32)
-  lowered = jax.jit(push, donate_argnums=0).lower(state, row, np.int32(0), np.bool_(False))
+  most = jax.ShapeDtypeStruct(state.facts.shape[:1], np.float32)
+  lowered = jax.jit(push, donate_argnums=0).lower(state, row, most, np.int32(0), np.bool_(False))
   blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), lowered.out_info[1])
   return lowered.compile(known(**REPORT_OPTIONS)), blank
 
@@ -73,6 +78,7 @@ class _Tracker:
   """A tracker's state, and what takes it on, which a thread compiles."""
 
   def __init__(self, selection: Selection):
+    self._most = most_dims(selection.sizes).astype(np.float32)
     self._made = COMPILERS.submit(_Programs.made, selection)
     self._state: Any = None
 
@@ -89,7 +95,7 @@ class _Tracker:
     return self._made.done()
 
   def push(self, row: np.ndarray, steps: int, lossy: bool) -> Report:
-    self._state, report = self._made.result().push(self.state, row, np.int32(steps), np.bool_(lossy))
+    self._state, report = self._made.result().push(self.state, row, self._most, np.int32(steps), np.bool_(lossy))
     return report
 
   def save(self) -> dict[str, np.ndarray]:

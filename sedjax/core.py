@@ -17,20 +17,17 @@ from jax.core import Tracer
 
 from sedjax import _placement
 from sedjax._config import Config as Config
-from sedjax._count import later_than
 from sedjax._keep import ranks_of
 from sedjax._layout import LABEL_WORDS, Layout, encode_label, layout_of, tree_id
+from sedjax._observe import observe_params, observe_updates
 from sedjax._phase import init_phase
 from sedjax._placement import Spec
 from sedjax._primitives import with_promotion
-from sedjax._reports import group_names as group_names
 from sedjax._reports import history as history
-from sedjax._reports import identity as identity
 from sedjax._reports import report as report
 from sedjax._reports import reports as reports
-from sedjax._reports import with_counters
-from sedjax._rows import LARGEST, gram_column, largest, make_row, read_parameters, sketch_column, zero_rows
-from sedjax._spectrum import Rows, WindowState, report_window
+from sedjax._rows import zero_rows
+from sedjax._spectrum import Rows, WindowState
 from sedjax._state import (
   INTEGERS,
   Parts,
@@ -40,7 +37,6 @@ from sedjax._state import (
   pack_counters,
   pack_report,
   unpack,
-  without_rows,
 )
 from sedjax._state import TrackerState as TrackerState
 from sedjax._state import window_sizes as window_sizes
@@ -158,177 +154,6 @@ def _first_state(
   return pack(parts, [_empty_report(w, (groups,)) for w in windows])
 
 
-def _push(config: Config, layout: Layout, state: Parts, row: Any, steps: Any, lossy: Any = False) -> TrackerState:
-  """The state, but for its rows, with `row`, of `steps` steps, in the window, and its reports.
-
-  `lossy`: whether rounding may exceed 1 % of the row.
-  """
-  column = gram_column(config, layout, state.rows, row, state.cursor, state.facts.scale)
-  return _enter(config, state, column, steps, lossy)
-
-
-def _enter(
-  config: Config, state: Parts, gram_column: tuple[Any, Any, Any], steps: Any, lossy: Any = False
-) -> TrackerState:
-  """As `_push`, of a row's Gram column, scales and dimensions."""
-  slot = state.cursor
-  facts = state.facts
-  column, scale, dims = gram_column
-  # Selected, not written: what writes into an array is a kernel of its own.
-  here = jnp.arange(config.slots, dtype=jnp.int32) == slot
-  gram = jnp.where(here[:, None], column[..., None, :], jnp.where(here, column[..., None], facts.gram))
-  facts = Rows(
-    gram,
-    jnp.where(here, scale[:, None], facts.scale),
-    jnp.where(here, dims[:, None], facts.dims),
-    jnp.where(here, jnp.where(lossy, -steps, steps), facts.steps),
-  )
-  count = jnp.minimum(state.pushed, _INT_MAX - 1) + 1
-  filled = jnp.minimum(state.filled + 1, config.slots)
-  order = (slot - jnp.arange(config.slots, dtype=jnp.int32)) % config.slots
-  windows, reports, seen = [], [], facts
-  for window, window_state in zip(config.windows, state.windows, strict=True):
-    report, window_state = report_window(
-      seen,
-      window_state,
-      order,
-      count,
-      filled,
-      window=window,
-      k_max=config.k_max or window // 2,
-      momentum=float(config.momentum),
-      every=config.every,
-      exact=config.exact,
-    )
-    reports.append(report)
-    windows.append(window_state)
-    # One eigenproblem after the other: jaxlib's solver of several at once (under vmap, or of groups) occupies a thread
-    # of XLA's pool on CPU while it waits for others, and as many calls as there are threads would wait forever.
-    seen = seen._replace(gram=later_than(seen.gram, report.null_ratio))
-  history = tuple(
-    jax.tree.map(
-      lambda ring, new: ring.at[state.pushed % config.history].set(new),
-      ring,
-      pack_report(with_counters(state, report)),
-    )
-    for ring, report in zip(state.history, reports, strict=bool(state.history))
-  )
-  parts = state._replace(
-    rows=(),
-    facts=facts,
-    cursor=(slot + 1) % config.slots,
-    pushed=count,
-    filled=filled,
-    windows=tuple(windows),
-    history=history,
-  )
-  return pack(parts, reports)
-
-
-def _write(rows: Any, slot: jax.Array, row: Any, after: TrackerState) -> Any:
-  """Writes a row into the ring, after the Gram column has read the ring, so that XLA need not copy it."""
-  row = jax.tree.map(lambda x: later_than(x, after.facts), row)
-  return jax.tree.map(lambda ring, new: jax.lax.dynamic_update_index_in_dim(ring, new, slot, 0), rows, row)
-
-
-def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
-  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
-
-
-# Both kinds of `observe` unpack the state again in each branch, so that steps between rows unpack only what they need.
-# They are functions of arrays under jit, since a `cond` outside of it is compiled at every call.
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _observe_updates(
-  config: Config, layout: Layout, leaves: tuple[Any, ...], packed: TrackerState, step: Any
-) -> TrackerState:
-  layout = layout._replace(leaves=leaves)
-  state = unpack(packed)
-  row = make_row(config, layout, state.rows)
-  size = largest(config, layout, row)
-  finite, zero = size < LARGEST, size == 0
-  first = state.elapsed == 0
-  if config.every > 1 or step is not None:
-    current = jax.tree.map(lambda ring: jnp.where(first, 0, ring[state.cursor]), state.rows)
-    row = jax.tree.map(jnp.add, current, row)
-    finite = largest(config, layout, row) < LARGEST
-    row = jax.tree.map(lambda new, old: jnp.where(finite, new, old), row, current)
-    used = jnp.where(first, 0, state.facts.steps[state.cursor]) + finite.astype(jnp.int32) - zero.astype(jnp.int32)
-    pushed_row = row
-  else:
-    finite_row = jax.tree.map(lambda new: jnp.where(finite, new, 0), row)
-    # A sketch is pushed as it is, so that its largest number is sought once; what is not finite is not chosen below.
-    pushed_row, row = finite_row if config.exact else row, finite_row
-    used = finite.astype(jnp.int32)
-  elapsed = state.elapsed + (~zero).astype(jnp.int32)
-  due = (elapsed >= config.every) & ~zero if step is None else (jnp.asarray(step) + 1) % config.every == 0
-  complete = due & (elapsed > 0) & (used > 0)  # a row whose steps were all left out starts afresh
-  here = jnp.arange(config.slots, dtype=jnp.int32) == state.cursor
-  counted = state._replace(
-    facts=state.facts._replace(steps=jnp.where(here, used, state.facts.steps)),
-    elapsed=jnp.where(due, 0, elapsed),
-    nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
-    zero=state.zero + zero.astype(jnp.int32),
-  )
-  waiting = without_rows(packed)._replace(counters=pack_counters(counted))
-
-  def push(waiting: TrackerState) -> TrackerState:
-    pushed = _push(config, layout, unpack(waiting._replace(rows=state.rows)), pushed_row, used)
-    return _choose(complete, pushed, waiting)
-
-  new = push(waiting) if config.every == 1 and step is None else jax.lax.cond(due, push, lambda x: x, waiting)
-  return new._replace(rows=_write(state.rows, state.cursor, row, new))
-
-
-def _largest_base(config: Config, layout: Layout, base: Any) -> jax.Array:
-  return largest(config, layout, jax.tree.map(lambda x: x[0], base) if config.exact else base)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _observe_params(
-  config: Config, layout: Layout, leaves: tuple[Any, ...], packed: TrackerState, step: Any
-) -> TrackerState:
-  layout = layout._replace(leaves=leaves)
-  outside = unpack(packed)
-  rows, cursor, elapsed = packed.rows, outside.cursor, outside.elapsed
-  # `elapsed` is 0 until there is a base, then the number of steps since it was read.
-  due = elapsed % config.every == 0 if step is None else jnp.asarray(step) % config.every == 0
-
-  def longer(state: Parts) -> jax.Array:
-    return state.elapsed + (state.elapsed > 0).astype(jnp.int32)
-
-  def later(packed: TrackerState) -> tuple[TrackerState, Any]:
-    state = unpack(packed)
-    waiting = packed._replace(counters=pack_counters(state._replace(elapsed=longer(state))))
-    return waiting, jax.tree.map(lambda ring: jnp.zeros_like(ring[0]), rows)
-
-  def read(packed: TrackerState) -> tuple[TrackerState, Any]:
-    state = unpack(packed._replace(rows=rows))
-    base, row, lossy = read_parameters(config, layout, state.rows, state.base)
-    started = state.elapsed > 0
-    size = largest(config, layout, row)
-    finite = (_largest_base(config, layout, base) < LARGEST) & (~started | (size < LARGEST))
-    zero = started & finite & (size == 0)
-    accept = started & finite & ~zero
-    keep = ~finite | zero
-    counted = state._replace(
-      nonfinite=state.nonfinite + (~finite).astype(jnp.int32),
-      zero=state.zero + zero.astype(jnp.int32),
-      elapsed=jnp.where(keep, longer(state), 1),
-      base=(),
-    )
-    row = jax.tree.map(lambda x: jnp.where(accept, x, 0), row)
-    pushed = _push(config, layout, counted, row, state.elapsed, lossy)
-    waiting = packed._replace(counters=pack_counters(counted), base=())
-    new = _choose(accept, pushed, waiting)
-    return new._replace(base=_choose(keep, state.base, base)), row
-
-  packed = without_rows(packed)
-  new, row = read(packed) if config.every == 1 and step is None else jax.lax.cond(due, read, later, packed)
-  return new._replace(rows=_write(rows, cursor, row, new))
-
-
 def _check_step(step: Any) -> None:
   dtype, shape = getattr(step, "dtype", None), getattr(step, "shape", None)
   if isinstance(step, int) and not isinstance(step, bool):
@@ -398,67 +223,9 @@ def observe(
   state = _check_state(config, layout, tree, state)
   leaves = tuple(leaf if group is not None else None for leaf, group in zip(layout.leaves, layout.group, strict=True))
   if from_params:
-    return _observe_params(config, layout._replace(leaves=()), leaves, state, step)
+    return observe_params(config, layout._replace(leaves=()), leaves, state, step)
   layout = layout._replace(leaves=(), ranks=ranks_of(leaves))
-  return _observe_updates(config, layout, leaves, state, step)
-
-
-def push_row(config: Config, state: TrackerState, row: Any, steps: Any, lossy: Any = False) -> TrackerState:
-  """Takes in a row that was sketched elsewhere, for example leaf by leaf from a file.
-
-  Args:
-    config: what to measure, with a random sketch.
-    state: from `init` or the last call.
-    row: float32[labels, dim], finite.
-    steps: int32[], optimizer steps in the row.
-    lossy: bool[], whether rounding may exceed 1 % of the row.
-
-  Returns:
-    The new state. A row of zeros is left out and counted.
-  """
-  parts = unpack(state)
-  zero = jnp.max(jnp.abs(row)) == 0
-  column = sketch_column(parts.rows, row, parts.cursor, parts.facts.scale)
-  pushed = _enter(config, parts, column, jnp.asarray(steps, jnp.int32), lossy)
-  waiting = without_rows(state)._replace(counters=pack_counters(parts._replace(zero=parts.zero + 1)))
-  new = _choose(zero, waiting, pushed)
-  return new._replace(rows=_write(parts.rows, parts.cursor, row, new))
-
-
-def push_gram(config: Config, state: TrackerState, gram: Any, dims: Any, steps: Any) -> TrackerState:
-  """Takes in a row of an exact tracker by its inner products, which were computed elsewhere.
-
-  Args:
-    config: what to measure, with `sketch.exact()`.
-    state: from `init`, for a tree whose leaves hold no numbers, or from the last call.
-    gram: float64[G, n] in NumPy, inner products of the row with itself and with the rows before it, newest first; 0
-      beyond the first row.
-    dims: float64[G] in NumPy, effective dimensions of the row.
-    steps: int, optimizer steps in the row.
-
-  Returns:
-    The new state. A row of zeros is left out and counted.
-  """
-  parts = unpack(state)
-  if not np.any(gram[0, 0] > 0):
-    return state._replace(counters=pack_counters(parts._replace(zero=parts.zero + 1)))
-  cursor, scales = int(parts.cursor), np.array(parts.facts.scale, np.float64)
-  norms = np.sqrt(gram[:, 0])
-  _, exponents = np.frexp(norms)  # scaled rows are shorter than 1
-  scales[:, cursor] = np.where((norms > 0) & (exponents > -126), np.ldexp(1.0, np.minimum(exponents, 127)), 0)
-  order = (cursor - np.arange(config.slots)) % config.slots
-  product = scales[:, cursor, None] * scales[:, order]
-  column = np.zeros_like(gram)
-  column[:, order] = np.where(product > 0, gram / np.where(product > 0, product, 1), 0)
-  high = column.astype(np.float32)
-  pair = np.stack([high, (column - high).astype(np.float32)])
-  scale, dims = scales[:, cursor].astype(np.float32), np.asarray(dims, np.float32)
-  return _enter_pair(config, state, pair, scale, dims, np.int32(steps))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _enter_pair(config: Config, state: TrackerState, pair: Any, scale: Any, dims: Any, steps: Any) -> TrackerState:
-  return _enter(config, unpack(state), (pair, scale, dims), steps)._replace(rows=state.rows)
+  return observe_updates(config, layout, leaves, state, step)
 
 
 def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState) -> TrackerState:

@@ -40,14 +40,16 @@ from sedjax import (
   checkpoints,
 )
 from sedjax._null import row_covariance
+from sedjax._reports import group_names, identity
 from sedjax._series import Entry, find_series
+from sedjax._types import Report
 from sedjax.record import Recorder, open_record, to_dataset
 
 safetensors = pytest.importorskip("safetensors.numpy")
 EVERY, COUNT = 5, 9
 SHAPES = {"block_0/attn/kernel": (96, 40), "block_0/attn/bias": (40,), "emb": (130, 24), "head/kernel": (24, 17)}
 GROUPS = {"attn": "attention", "^emb": "embedding"}
-FIELDS = ("singular_values", "ratios", "k_star", "gap_ratio", "drift_speed", "turning", "pc1_fraction", "row_steps")
+FIELDS = Report._fields
 
 
 def walk(count=COUNT, seed=0):
@@ -165,7 +167,7 @@ def live(series, **options):
     if i:
       reports.append(sedjax.get_reports(state))
   stacked = jax.tree.map(lambda *fields: np.stack(fields), *reports)
-  groups = ("all", "attention", "embedding", "rest") if "groups" in options else ("all",)
+  groups = ("all", *sorted({options["groups"](path) for path in series[0]} if "groups" in options else ()))
   return to_dataset(stacked, steps=[i * EVERY for i in range(1, COUNT)], windows=(3, 5), groups=groups)
 
 
@@ -184,6 +186,22 @@ def test_agrees_with_a_live_tracker_of_another_sketch(files, series, sketch):
   gaussian = isinstance(sketch, sedjax.sketch.Gaussian)
   # Gaussian weights are no multiples of a grid: their sums round relative to the parameters.
   assert_same(found, live(series, window=(3, 5), sketch=sketch), rtol=3e-3 if gaussian else 1e-5)
+
+
+@pytest.mark.parametrize("sketch", [None, sedjax.sketch.exact()], ids=["count", "exact"])
+def test_small_groups_of_equal_sizes_agree_with_a_live_tracker(tmp_path, sketch):
+  """Signs seem to be three times as many as they are; both know how many there are."""
+  rng = np.random.default_rng(0)
+  series = [{"w": np.zeros((16, 48), np.float32), "v": np.zeros((70, 60), np.float32)}]
+  for _ in range(COUNT - 1):
+    moves = {name: rng.choice([-1.0, 1.0], x.shape) for name, x in series[0].items()}
+    series.append({name: (x + moves[name]).astype(np.float32) for name, x in series[-1].items()})
+  files = write(tmp_path / "a", series)
+  options = {"window": (3, 5), "sketch": sketch}
+  found = checkpoints.analyze(files, groups={"w": "attention", "v": "embedding"}, **options)
+  expected = live(series, groups=lambda path: {"w": "attention", "v": "embedding"}[path], **options)
+  assert_same(found, expected, rtol=1e-5)
+  assert found.effective_dim.sel(group="attention").max() < 16 * 48 + 3 * np.sqrt(16 * 48) + 1
 
 
 def differences(series, names=tuple(SHAPES)):
@@ -850,7 +868,7 @@ def test_groups_have_the_names_that_a_live_record_gives(tmp_path):
   series = [{path: params["emb"]} for params in walk(5)]
   config = sedjax.core.Config(3, groups=lambda path: path)
   state = sedjax.core.init(config, series[0])
-  live = sedjax.core.group_names(sedjax.core.identity(state)[0])
+  live = group_names(identity(state)[0])
   found = checkpoints.analyze(write(tmp_path, series), window=3, groups=lambda path: path)
   assert found.group.values.tolist() == ["all", *live[1:]]
   assert len(live[1]) < len(path)
