@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from sedjax._dataset import VERSION
-from sedjax._lock import locked
+from sedjax._files import locked, read_bytes
 
 _HEAD = struct.Struct("<IIc")  # length of what follows, CRC-32 of it (of a row: of all but the values), kind
 _ROW = struct.Struct("<qIH")  # step, CRC-32 of all values, number of fields; the fields' CRC-32s come next
@@ -285,24 +285,3 @@ class Journal:
     if self.found is None:
       self.path.unlink(missing_ok=True)
     self.close()
-
-
-def read_into(fd: int, offset: int, out: np.ndarray) -> None:
-  """Fills uint8[n] with the bytes from an offset on.
-
-  Raises:
-    OSError: the file ends before.
-  """
-  view, done = memoryview(out), 0  # pyright: ignore[reportArgumentType]
-  while done < len(view):
-    count = os.preadv(fd, [view[done:]], offset + done)
-    if not count:
-      raise OSError("the file ends too early")
-    done += count
-
-
-def read_bytes(fd: int, offset: int, length: int) -> bytes:
-  """So many bytes at an offset, likewise."""
-  out = np.empty(length, np.uint8)
-  read_into(fd, offset, out)
-  return out.tobytes()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import itertools
 import multiprocessing.pool
-import os
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping
@@ -19,7 +18,8 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from sedjax._journal import Contents, read_into
+from sedjax._files import read_into, replacing
+from sedjax._journal import Contents
 from sedjax._types import Report
 
 BLOCK_BYTES = 2**26  # of one variable; what reading and writing keep in memory
@@ -271,10 +271,9 @@ def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None
     contents, rows: the journal's.
   """
   path = path.resolve()  # a link stays
-  partial = path.with_name(path.name + ".partial")
   row_bytes = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in rows.fields.values())
   check_room(path, len(rows) * row_bytes + (path.stat().st_size if path.exists() else 0))
-  try:
+  with replacing(path, ".partial") as partial:
     if path.exists():
       stored = open_stored(path, rows.fields)
       parts = parts_of(stored.others, contents)
@@ -294,10 +293,6 @@ def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None
       _extend(file, parts, rows)
     with h5py.File(partial, "r+") as file:
       _write_fields(file, parts.keep, rows)
-    replace_file(partial, path)
-  except BaseException:
-    partial.unlink(missing_ok=True)
-    raise
 
 
 def check_room(path: Path, size: int) -> None:
@@ -311,13 +306,6 @@ def check_room(path: Path, size: int) -> None:
   needed, free = size + 2**18, shutil.disk_usage(path.parent).free
   if free < needed:
     raise OSError(errno.ENOSPC, f"no space left on the disk: it may need {needed:,} bytes, {free:,} are free")
-
-
-def replace_file(new: Path, path: Path) -> None:
-  """Puts a file in another's place, so that after a crash of the machine, too, one of them is there whole."""
-  with open(new, "rb") as file:
-    os.fsync(file.fileno())
-  os.replace(new, path)
 
 
 def write_new(path: Path, record: xr.Dataset) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sedjax._lock import locked
+from sedjax._files import locked, replacing
 from sedjax._readers import files_of
 from sedjax._record_files import journal_of, open_file
 from sedjax._selection import Selection
@@ -38,9 +38,7 @@ class Store:
     self.folder = None if out is None else _folder_of(out)
     self._identity = identity
     self._reports = b""  # where there is no folder
-    self._lock = None
-    if self.folder is not None and os.name == "posix":  # where folders can be locked
-      self._lock = self._locked(self.folder)
+    self._lock = None if self.folder is None else self._locked(self.folder)
 
   @staticmethod
   def _locked(folder: pathlib.Path) -> int:
@@ -103,7 +101,8 @@ class Store:
           _flush(file)
       packed = io.BytesIO()
       np.savez(packed, identity=np.frombuffer(self._identity.encode(), np.uint8), reported=size, **arrays)
-      _replace(self.folder / _STATE, packed.getvalue())
+      with replacing(self.folder / _STATE) as new:
+        new.write_bytes(packed.getvalue())
 
   def reports(self, size: int) -> bytes:
     """The first `size` bytes of reports."""
@@ -138,17 +137,6 @@ def writing(path: Path) -> Iterator[None]:
 def _flush(file: Any) -> None:
   file.flush()
   os.fsync(file.fileno())
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-  new = path.with_name(path.name + ".new")
-  try:
-    with open(new, "wb") as file:
-      file.write(content)
-      _flush(file)
-    os.replace(new, path)
-  finally:
-    new.unlink(missing_ok=True)
 
 
 def _folder_of(out: Path) -> pathlib.Path:
@@ -236,7 +224,6 @@ def write_record(record: xr.Dataset, out: Path, series: list[Entry]) -> bool:
   from sedjax import _netcdf
 
   path = pathlib.Path(out).resolve()  # a link stays
-  new = path.with_name(path.name + ".new")
   old = replaceable(path, series)
   if old is not None:
     if old.sizes["step"] > record.sizes["step"]:
@@ -247,12 +234,9 @@ def write_record(record: xr.Dataset, out: Path, series: list[Entry]) -> bool:
     record.attrs = {name: value for name, value in old.attrs.items() if name != "k_max"} | record.attrs
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-      _netcdf.check_room(new, record.nbytes)
+    _netcdf.check_room(path, record.nbytes)
+    with replacing(path) as new:
       _netcdf.write_new(new, record)
-      _netcdf.replace_file(new, path)
-    finally:
-      new.unlink(missing_ok=True)
   return True
 
 
