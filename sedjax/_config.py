@@ -10,8 +10,6 @@ import numpy as np
 
 from sedjax import sketch
 
-_STATIC = "Inside optax.inject_hyperparams, list it in static_args."
-
 
 def _is_int(value: Any) -> bool:
   return isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -19,7 +17,28 @@ def _is_int(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What a tracker measures; see `track_spectral_edge` for the meaning and the rules of each field."""
+  """What a tracker measures.
+
+  Attributes:
+    window: int >= 3, rows in the window, or a tuple of ints; kept as an ascending tuple.
+    every: int >= 1, steps summed into a row.
+    k_max: int, the last place where an edge is looked for; None for half of each window.
+    sketch: what `sedjax.sketch.count`, `gaussian` or `exact` gave; None for `count()`.
+    groups: a function from a leaf's path to a label (None: not tracked), or None for the whole model alone.
+    source: "updates", or "params" for differences of the parameters.
+    momentum: float in [0, 0.9999], β₁ of the optimizer.
+    history: int >= 0, past reports that are kept.
+
+  `track_spectral_edge`, which has the same arguments, says more of each.
+
+  Raises:
+    ValueError: a field is out of its range; the message names what was given and what is accepted.
+
+  Example:
+    >>> import sedjax
+    >>> sedjax.core.Config(window=(10, 5)).windows
+    (5, 10)
+  """
 
   window: int | tuple[int, ...] = 10
   every: int = 1
@@ -33,50 +52,38 @@ class Config:
   def __post_init__(self) -> None:
     windows = self.window if isinstance(self.window, tuple | list) else (self.window,)
     if not windows or not all(_is_int(w) and w >= 3 for w in windows) or len(set(windows)) < len(windows):
-      raise ValueError(
-        f"track_spectral_edge: window must be an int >= 3 or a tuple of different ints >= 3, got {self.window!r}. "
-        + _STATIC
-      )
+      raise ValueError(f"window must be an int >= 3 or a tuple of different ints >= 3, got {self.window!r}.")
     object.__setattr__(self, "window", tuple(sorted(int(w) for w in windows)))
     for name, least in (("every", 1), ("history", 0)):
       value = getattr(self, name)
       if not _is_int(value) or not least <= value < 2**31:
-        raise ValueError(f"track_spectral_edge: {name} must be an int >= {least} and < 2**31, got {value!r}. {_STATIC}")
-    if self.k_max is not None and (not _is_int(self.k_max) or not 1 <= self.k_max <= min(self.windows) - 1):
-      raise ValueError(
-        f"track_spectral_edge: k_max must be None or an int in 1…{min(self.windows) - 1} (the smallest window less "
-        f"one), got {self.k_max!r}. {_STATIC}"
-      )
+        raise ValueError(f"{name} must be an int >= {least} and < 2**31, got {value!r}.")
+    most = max(self.windows) - 1
+    if self.k_max is not None and (not _is_int(self.k_max) or not 1 <= self.k_max <= most):
+      raise ValueError(f"k_max must be None or an int in 1…{most} (the largest window less one), got {self.k_max!r}.")
     if self.sketch is None:
       object.__setattr__(self, "sketch", sketch.count())
     if not isinstance(self.sketch, sketch.Count | sketch.Gaussian | sketch.Exact):
-      raise ValueError(
-        f"track_spectral_edge: sketch must be sedjax.sketch.count(…), gaussian(…) or exact(), got {self.sketch!r}."
-      )
+      raise ValueError(f"sketch must be sedjax.sketch.count(…), gaussian(…) or exact(), got {self.sketch!r}.")
     if not self.exact and self.sketch.dim < 2 * max(self.windows):
       raise ValueError(
-        f"track_spectral_edge: sketch dim must be at least twice the window, got dim={self.sketch.dim} for window "
-        f"{max(self.windows)}; use dim >= {10 * max(self.windows)}."
+        f"sketch dim must be at least twice the window, got dim={self.sketch.dim} for window {max(self.windows)}; use "
+        f"dim >= {10 * max(self.windows)}."
       )
     if self.groups is not None and not callable(self.groups):
-      raise ValueError(
-        f"track_spectral_edge: groups must be None or a function from a path string to a label, got {self.groups!r}. "
-        + _STATIC
-      )
+      raise ValueError(f"groups must be None or a function from a path string to a label, got {self.groups!r}.")
     try:
       hash(self.groups)
     except TypeError:
       raise ValueError(
-        f"track_spectral_edge: groups must be hashable, since JAX compiles once for each, got {self.groups!r}; give a "
-        "function, or its class a __hash__ (a frozen dataclass has one)."
+        f"groups must be hashable, since JAX compiles once for each, got {self.groups!r}; give a function, or its "
+        "class a __hash__ (a frozen dataclass has one)."
       ) from None
     if self.source not in ("updates", "params"):
-      raise ValueError(f"track_spectral_edge: source must be 'updates' or 'params', got {self.source!r}.")
+      raise ValueError(f"source must be 'updates' or 'params', got {self.source!r}.")
     momentum = self.momentum
     if isinstance(momentum, bool) or not isinstance(momentum, int | float | np.floating) or not 0 <= momentum <= 0.9999:
-      raise ValueError(
-        f"track_spectral_edge: momentum must be a float in [0, 0.9999], the optimizer's β₁, got {momentum!r}. {_STATIC}"
-      )
+      raise ValueError(f"momentum must be a float in [0, 0.9999], the optimizer's β₁, got {momentum!r}.")
 
   @property
   def windows(self) -> tuple[int, ...]:

@@ -62,7 +62,8 @@ def track_spectral_edge(
     every: int >= 1, steps summed into a row. A step with NaN, Inf or numbers beyond 1e33 is left out and an exactly
       zero one does not count; a row of another number of steps says so in `Report.row_steps`.
     k_max: int in 1…W - 1, the last place where an edge is looked for; None for half of each window, since the ratios of
-      a smooth trajectory's tail are large and mean nothing. W - 1 is the paper's definition.
+      a smooth trajectory's tail are large and mean nothing. W - 1 is the paper's definition, of several windows the
+      largest's: none looks beyond its own.
     sketch: `sedjax.sketch.count(dim)` (None: of dim 16384), `gaussian(dim)` or `exact()`.
     groups: None, or a function from a leaf's path ("block_0/attn/kernel") to a label, None for "not tracked".
     source: "updates", or "params" for differences of the parameters, read once in `every` steps; the row of steps
@@ -99,7 +100,13 @@ def track_spectral_edge(
     >>> int(sedjax.get_report(state).count)
     1
   """
-  config = core.Config(window, every, k_max, sketch, groups, source, momentum, history)
+  arguments = (window, every, k_max, sketch, groups, source, momentum, history)
+  try:
+    config = core.Config(*arguments)
+  except ValueError as error:
+    arrays = any(isinstance(argument, jax.Array) for argument in arguments)
+    hint = " Inside optax.inject_hyperparams, list it in static_args." if arrays else ""
+    raise ValueError(f"track_spectral_edge: {error}{hint}") from None
   if not isinstance(name, str) or not name:
     raise ValueError(f"track_spectral_edge: name must be a non-empty string, got {name!r}.")
 

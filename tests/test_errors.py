@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import sedjax
+from sedjax import _reports
 
 PARAMS = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
 track = sedjax.track_spectral_edge
@@ -29,7 +30,7 @@ track = sedjax.track_spectral_edge
     ({"every": 1.5}, r"every must be an int >= 1 .* got 1.5"),
     ({"k_max": 0}, r"k_max must be None or an int in 1…9 .* got 0"),
     ({"k_max": 10}, r"k_max must be None or an int in 1…9 .* got 10"),
-    ({"k_max": 5, "window": (5, 10)}, r"k_max must be None or an int in 1…4 \(the smallest window less one\), got 5"),
+    ({"k_max": 10, "window": (5, 10)}, r"k_max must be None or an int in 1…9 \(the largest window less one\), got 10"),
     ({"sketch": "count"}, r"sketch must be sedjax.sketch.count\(…\), gaussian\(…\) or exact\(\), got 'count'"),
     ({"sketch": sedjax.sketch.count(19)}, r"dim must be at least twice the window, got dim=19 .* use dim >= 100"),
     ({"groups": "layer"}, r"groups must be None or a function from a path string to a label, got 'layer'"),
@@ -213,7 +214,7 @@ def test_a_state_that_is_not_the_trackers():
     sedjax.core.report,
     sedjax.core.reports,
     sedjax.core.history,
-    sedjax.core.identity,
+    _reports.identity,
     lambda state: sedjax.core.observe(sedjax.core.Config(3), state, PARAMS),
   ],
 )

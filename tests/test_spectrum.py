@@ -67,6 +67,20 @@ def test_exact_agrees_with_the_oracle(window, scale, kind):
     np.testing.assert_allclose(getattr(report, name), truth[name], rtol=1e-4)
 
 
+def test_the_papers_definition_with_several_windows():
+  """k_max = W - 1 of the largest window: each looks at all of its ratios."""
+  norms = [1, 0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.86, 0.84, 0.02]  # of orthogonal rows, which are the spectrum
+  rows = np.linalg.qr(np.random.default_rng(0).normal(size=(700, 10)))[0].T * np.array(norms)[:, None]
+  tx = sedjax.track_spectral_edge(window=(4, 10), k_max=9, sketch=sedjax.sketch.exact())
+  state = tx.init({"w": jnp.zeros(700)})
+  update = jax.jit(tx.update, **oracles.AS_USERS_COMPILE)
+  for row in rows:
+    _, state = update({"w": jnp.asarray(row, jnp.float32)}, state)
+  for window in (4, 10):
+    report = sedjax.get_report(state, window=window)
+    assert report.k_star == window - 1 == 1 + np.argmax(oracles.spectrum(rows[-window:])["ratios"])
+
+
 def test_turning_and_alignment():
   """Directions of consecutive windows, where the leading one is well separated."""
   rng = np.random.default_rng(3)
