@@ -142,7 +142,7 @@ def train(settings: modular.Settings, lanes: list[tuple[int, float]], file: Path
     "flax_version": flax.__version__,
     "device": f"{device.platform} ({device.device_kind}), {os.cpu_count()} CPU cores",
   }
-  recorder = record.Recorder(file, tracker=options, windows=[WINDOW], seeds=names, attrs=attrs)
+  recorder = record.Recorder(file, tracker=options, seeds=names, attrs=attrs)
   began, step = time.perf_counter(), 0
   tests: list[np.ndarray] = []
   progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), console=console)

@@ -75,7 +75,7 @@ def train(settings: modular.Settings, file: Path) -> None:
   names = [record.WHOLE, *dict.fromkeys(map(group_of, paths_of(lanes.params)))]
   for old in (file, file.with_name(f"{file.name}.journal")):  # a record that exists would be continued
     old.unlink(missing_ok=True)
-  recorder = record.Recorder(file, tracker=options, windows=WINDOWS, groups=names, seeds=SEEDS, attrs=attrs)
+  recorder = record.Recorder(file, tracker=options, groups=names, seeds=SEEDS, attrs=attrs)
   with recorder:
     for start in range(0, settings.max_steps, settings.eval_every):
       lanes, news = interval(lanes, np.int32(start))

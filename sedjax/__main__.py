@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from sedjax import _analyze_cli
-from sedjax._analyze_cli import INTERRUPTED
 from sedjax._dataset import storable
 
+_INTERRUPTED = 130  # as shells count
 _EPILOG = """examples:
   sedjax analyze 'run/step_*/model.safetensors' -o run.nc
   sedjax report run.nc -o report.html
@@ -89,10 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   except OSError as error:
     message = f"{error.filename!r}: {error.strerror}." if error.filename and error.strerror else str(error)
   except KeyboardInterrupt:
-    code, message = INTERRUPTED, "interrupted."
+    code, message = _INTERRUPTED, f"sedjax {args.command}: interrupted; run the same command again to go on."
   if message:
     print(message if message.startswith("sedjax") else f"sedjax: {message}", file=sys.stderr)
-  if code == INTERRUPTED and argv is None:
+  if code == _INTERRUPTED and argv is None:
     # All that is to be kept is on disk. Python would now wait for the compiler's threads, or take itself apart beneath
     # them: now and then that hung or crashed.
     sys.stdout.flush()

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from sedjax._dataset import storable
 
-INTERRUPTED = 130  # as shells count
 # Of a sketch: 64 MiB a row. The error of a ratio falls as 1/√d, and is then 0.024 %.
 _LARGEST_DIM = 2**24
 
@@ -77,19 +75,9 @@ def _configure_jax() -> None:
 def run(args: argparse.Namespace) -> int:
   """Runs the subcommand; returns the exit code."""
   _configure_jax()
-  try:
-    from sedjax import checkpoints
+  from sedjax import checkpoints
 
-    record = checkpoints.analyze(args.files, out=args.out, **options(args))
-  except ImportError as error:
-    print(f"sedjax analyze: {error}; install sedjax[checkpoints].", file=sys.stderr)
-    return 1
-  except ValueError as error:  # a CheckpointError is one, too
-    print(error, file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print("sedjax analyze: interrupted; run the same command again to go on.", file=sys.stderr)
-    return INTERRUPTED
+  record = checkpoints.analyze(args.files, out=args.out, **options(args))
   print(f"wrote {storable(args.out)}: {record.sizes['step']} rows")
   return 0
 

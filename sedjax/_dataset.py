@@ -51,6 +51,19 @@ RESERVED = ("record_version", "DIMENSION_LIST", "REFERENCE_LIST", "CLASS", "NAME
 DTYPES = {name: "<i4" for name in INTEGERS} | {"edge_ambiguous": "?"}
 
 
+def needs_io() -> None:
+  """Refuses to go on without the extra's packages.
+
+  Raises:
+    ImportError: they are missing; the message names the extra.
+  """
+  try:
+    import h5netcdf  # noqa: F401
+    import xarray  # noqa: F401
+  except ImportError as error:
+    raise ImportError("sedjax.record needs xarray and h5netcdf: pip install 'sedjax[io]'.") from error
+
+
 def to_dataset(
   reports: Report,
   *,
@@ -76,6 +89,7 @@ def to_dataset(
 
   Raises:
     ValueError: an axis does not have as many entries as names were given for it, or steps do not ascend.
+    ImportError: the extra `io` is missing.
 
   Example:
     >>> import jax, jax.numpy as jnp, sedjax, sedjax.record
@@ -85,6 +99,7 @@ def to_dataset(
     >>> dict(record.singular_values.sizes)
     {'step': 1, 'seed': 1, 'window': 2, 'group': 1, 'index': 5}
   """
+  needs_io()
   import xarray as xr
 
   at = np.asarray(steps, np.int64)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sedjax import _journal
-from sedjax._dataset import DIMS, DTYPES, FIELDS, VERSION, empty_dataset
+from sedjax._dataset import DIMS, DTYPES, FIELDS, VERSION, empty_dataset, needs_io
 from sedjax._types import Report
 
 if TYPE_CHECKING:
@@ -165,16 +165,3 @@ def open_record(path: str | Path) -> xr.Dataset:
     opened.pop_all()  # closed with the dataset from here on
     joined.set_close(_netcdf.Closing(*(each for each in (file, stored and stored.file) if each is not None)))
     return joined
-
-
-def needs_io() -> None:
-  """Refuses to go on without the extra's packages.
-
-  Raises:
-    ImportError: they are missing; the message names the extra.
-  """
-  try:
-    import h5netcdf  # noqa: F401
-    import xarray  # noqa: F401
-  except ImportError as error:
-    raise ImportError("sedjax.record needs xarray and h5netcdf: pip install 'sedjax[io]'.") from error

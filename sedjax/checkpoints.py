@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 from sedjax import core
-from sedjax._dataset import provenance, to_dataset
+from sedjax._dataset import needs_io, provenance, to_dataset
 from sedjax._exact import exact_series
 from sedjax._selection import Groups, Selection, group_function, left_out_lines, say_what_is_read, select, taken_lines
 from sedjax._series import CheckpointError as CheckpointError
@@ -96,6 +96,7 @@ def analyze(
       of another shape or dtype, not finite, or whose changes float32 cannot hold; a full disk. With `out`, the rows
       before it are in the record and are not computed again (exact: what was summed is kept, and rows come at the end).
     ValueError: an argument is out of its range.
+    ImportError: the extra `checkpoints` is missing.
 
   Cost: one read of the files; the memory of some tens of MiB where safetensors are read, and of two of the largest
     tensor elsewhere, the state of a tracker, and a few sketches of the parameters in float64. Exact: 128 MiB beside
@@ -114,7 +115,8 @@ def analyze(
     >>> record.attrs["parameters_taken"]
     'w [40, 30]'
   """
-  if out is not None:  # what could not be written after hours is told before them
+  needs_io()  # what could not be made or written after hours is told before them
+  if out is not None:
     check_place(out)
   series = find_series(files, steps)
   if out is not None:
@@ -172,8 +174,7 @@ def _config(*arguments: Any) -> core.Config:
   try:
     return core.Config(*arguments)
   except ValueError as error:
-    text = str(error).partition(" Inside optax.inject_hyperparams")[0]
-    raise ValueError(text.replace("track_spectral_edge:", "sedjax analyze:", 1)) from None
+    raise ValueError(f"sedjax analyze: {error}") from None
 
 
 def _checked_patterns(rename: Mapping[str, str] | None, transpose: str | None) -> tuple[tuple[str, str], ...]:

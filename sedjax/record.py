@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from sedjax import _journal, core
+from sedjax import _journal, _reports, core
 from sedjax._dataset import (
   DIMS,
   DTYPES,
@@ -37,11 +37,12 @@ from sedjax._dataset import (
   WHOLE,
   arrange,
   empty_dataset,
+  needs_io,
   provenance,
   storable,
   to_dataset,
 )
-from sedjax._record_files import cannot, check_file, existing_layout, journal_of, needs_io, open_record, rows_of
+from sedjax._record_files import cannot, check_file, existing_layout, journal_of, open_record, rows_of
 from sedjax._recordable import check_series, file_attributes, own_copy, seed_names, step_of, windows_and_groups
 from sedjax._transform import find_tracker
 from sedjax._types import Report
@@ -82,8 +83,8 @@ class Recorder:
     path: of the file, "run.nc".
     tracker: the keyword arguments that `track_spectral_edge` was given; windows, sketch, `every`, `source`, `momentum`
       and `k_max` are kept as attributes.
-    windows: needed only where reports, and not states, are appended: the tracker's windows, ascending.
-    groups: likewise, the groups' names, the first the whole model.
+    windows: needed only where reports, and not states, are appended, without `tracker`: its windows, ascending.
+    groups: needed only where reports of groups are appended: their names, the first the whole model.
     seeds: names of the seeds of a vmapped state, ints or strings; None for 0, 1, …, or for those of a record that is
       continued.
     attrs: further attributes: text, numbers or lists of numbers.
@@ -138,9 +139,13 @@ class Recorder:
       raise ValueError(
         f"sedjax.record: tracker must be the keyword arguments of track_spectral_edge, got {tracker!r}."
       ) from None
+    except ValueError as error:
+      raise ValueError(f"sedjax.record: in tracker, {error}") from None
     self._tracked = tracker is not None
     self._name = name if name is not None else (tracker or {}).get("name")
     self._seeds = None if seeds is None else seed_names(seeds)
+    if windows is None and groups is not None and self._tracked:
+      windows = self._config.windows
     self._given = None if windows is None else windows_and_groups(windows, groups or [WHOLE])
     self._attrs, self._sinks = dict(attrs or {}), list(sinks)
     self._failed: list[Any] = []  # sinks that are told no more
@@ -205,14 +210,18 @@ class Recorder:
     step = self._next("append", step)
     identity, windows = None, None
     if isinstance(state, Report):
+      if self._given is None and self._tracked and self._config.groups is None:
+        self._given = windows_and_groups(self._config.windows, [WHOLE])
       if self._given is None:
-        raise ValueError("sedjax.record: to append a Report, pass windows=… and groups=… to Recorder.")
+        raise ValueError(
+          "sedjax.record: to append a Report, pass tracker=… or windows=… to Recorder, and groups=… where it has some."
+        )
       report = Report(*map(own_copy, state))
     else:
       tracker = state if isinstance(state, core.TrackerState) else find_tracker(state, self._name)
       report, windows = core.reports(tracker), core.window_sizes(tracker)
       if self._shape is None:
-        identity = core.identity(tracker)
+        identity = _reports.identity(tracker)
     if any(isinstance(field, Tracer) for field in report):
       raise ValueError(
         "sedjax.record: append was called inside jit; call it outside, with the state that jit returned."
@@ -465,7 +474,7 @@ class Recorder:
       windows, groups = self._given
     if identity is not None:
       labels, map_id = identity
-      names = [storable(text) for text in core.group_names(labels)]
+      names = [storable(text) for text in _reports.group_names(labels)]
       groups = [WHOLE, *(f"group {name}" if name == WHOLE else name for name in names[1:])]
       sketch_id = np.reshape(map_id, (-1, map_id.shape[-1]))[0].tolist()
       told = list(self._config.sketch.sketch_id)

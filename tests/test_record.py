@@ -1001,6 +1001,18 @@ def test_what_only_the_state_tells_is_raised_by_the_next_call(tmp_path, options,
   assert open_record(path).step.values.tolist() == [0]
 
 
+def test_reports_with_the_windows_of_the_tracker(tmp_path):
+  options = {"window": (3, 5), "groups": lambda _: "head"}
+  with Recorder(tmp_path / "grouped.nc", tracker=options, groups=("all", "head")) as recorder:
+    recorder.append(0, report_of(0))
+  record = open_record(tmp_path / "grouped.nc")
+  assert (record.window.values.tolist(), record.group.values.tolist()) == ([3, 5], ["all", "head"])
+  with Recorder(tmp_path / "whole.nc", tracker={"window": (3, 5)}) as recorder:
+    recorder.append(0, jax.tree.map(lambda x: x[:1], report_of(0)))
+  record = open_record(tmp_path / "whole.nc")
+  assert (record.window.values.tolist(), record.group.values.tolist()) == ([3, 5], ["all"])
+
+
 def test_wrong_arguments(tmp_path):
   path = tmp_path / "run.nc"
   state = run()[0][-1]
@@ -1009,8 +1021,6 @@ def test_wrong_arguments(tmp_path):
       recorder.append(0, state)
     with pytest.raises(ValueError, match="no tracker in this optimizer state"):
       recorder.append(0, {"w": jnp.ones(3)})
-    with pytest.raises(ValueError, match="pass windows=… and groups=…"):
-      recorder.append(0, report_of(0))
     for name in ("step", "gap_ratio", "event", "loss_step", "a b", "val/loss"):
       with pytest.raises((ValueError, TypeError), match=r"cannot be named|multiple values"):
         recorder.log(0, **{name: 1.0})
@@ -1018,6 +1028,18 @@ def test_wrong_arguments(tmp_path):
       with pytest.raises(ValueError, match="loss must be a number or an array over seeds"):
         recorder.log(0, loss=value)
   assert not path.exists()
+  grouped = {"window": (3, 5), "groups": lambda _: "head"}
+  for options in ({}, {"tracker": grouped}):
+    with (
+      Recorder(path, **options) as recorder,
+      pytest.raises(ValueError, match=r"pass tracker=… or windows=… to Recorder, and"),
+    ):
+      recorder.append(0, report_of(0))
+  with (
+    Recorder(path, tracker={"window": (3, 5)}) as recorder,
+    pytest.raises(ValueError, match=r"reports of shape \(2, 2\)"),
+  ):
+    recorder.append(0, report_of(0))
   with Recorder(path, windows=(4, 5), groups=["all", "head", "body"]) as recorder:
     with pytest.raises(ValueError, match=r"windows are \(3, 5\), windows= says \(4, 5\)"):
       recorder.append(0, state)
