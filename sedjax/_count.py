@@ -142,10 +142,26 @@ def offset_of(path: str, dim: int, seed: int) -> int:
   return int(mix(np.asarray([path_key(path, seed)]))[0]) % dim
 
 
+def sign_shift(row: Any) -> Any:
+  """uint32: by how much `sign_bits` shifts the hash of 32 rows for each of them, of which these are the indices."""
+  return np.uint32(HASH_ROWS - 1) - row % np.uint32(HASH_ROWS)
+
+
+def sign_bits(keys: Any, columns: Any, shift: Any) -> Any:
+  """uint32[..., n], for jax and NumPy arrays: the highest bit is set where the sign is minus.
+
+  Args:
+    keys: uint32[...], of each row the hash of the 32 rows that it belongs to.
+    columns: uint32[n], the columns' hashes.
+    shift: uint32[...], `sign_shift` of each row.
+  """
+  return mix(keys[..., None] ^ columns) << shift[..., None]
+
+
 def row_signs(hashes: Hashes, start: int, stop: int) -> np.ndarray:
   """int8[stop - start, n], in NumPy: the signs of a real leaf's rows from `start` on."""
   row = np.arange(start, stop, dtype=np.uint32)
-  bits = mix(hashes.rows[row // HASH_ROWS][:, None] ^ hashes.columns) << (np.uint32(31) - row % HASH_ROWS)[:, None]
+  bits = sign_bits(hashes.rows[row // HASH_ROWS], hashes.columns, sign_shift(row))
   return np.where(bits >= SIGN, -1, 1).astype(np.int8)
 
 

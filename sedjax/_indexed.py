@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 
 from sedjax import _placement
-from sedjax._count import HASH_ROWS, Piece, Plan, flip, folded_sum, index_hash, mix, part_of, plan_of
+from sedjax._count import HASH_ROWS, Piece, Plan, flip, folded_sum, index_hash, part_of, plan_of, sign_bits, sign_shift
 from sedjax._strided import aligned, block_sums
 
 # On CPU: numbers of a block that are signed at a time, since CPU contractions store their operands.
@@ -26,8 +26,8 @@ def _bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: Any) -> j
   if plan.rows == 1 and piece.start is None:
     return _signed_vector(piece.array, plan.key, grid, part=part)
   row = piece.row_index()
-  keys, columns = index_hash(row >> 5, ~plan.key), index_hash(piece.column_index(), plan.key)
-  shift = np.uint32(31) - row % np.uint32(HASH_ROWS)
+  keys, columns = index_hash(row // np.uint32(HASH_ROWS), ~plan.key), index_hash(piece.column_index(), plan.key)
+  shift = sign_shift(row)
   bucket = row // np.uint32(plan.per_bucket) % np.uint32(plan.buckets)
   hashes = keys, columns, shift, bucket
   return _hashed_bucket_sums(piece.array, hashes, grid, buckets=plan.buckets, most=most, part=part)
@@ -36,7 +36,8 @@ def _bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: Any) -> j
 @functools.partial(jax.jit, static_argnames="part")  # vectors of one length are traced once
 def _signed_vector(x: jax.Array, key: Any, grid: Any, *, part: int | None) -> jax.Array:
   columns = index_hash(lax.iota(jnp.uint32, x.shape[-1]), key)
-  bits = mix(index_hash(jnp.zeros_like(key), ~key) ^ columns) << np.uint32(HASH_ROWS - 1)
+  row = jnp.zeros_like(key)
+  bits = sign_bits(index_hash(row, ~key), columns, sign_shift(row))
   return flip(part_of(x, part, grid), bits).sum(tuple(range(x.ndim - 1)))[None]
 
 
@@ -45,7 +46,7 @@ def _hashed_bucket_sums(
   x: jax.Array, hashes: tuple[Any, ...], grid: Any, *, buckets: int, most: int, part: int | None
 ) -> jax.Array:
   keys, columns, shift, bucket = hashes
-  signed = flip(part_of(x, part, grid), mix(keys[..., None] ^ columns) << shift[..., None])
+  signed = flip(part_of(x, part, grid), sign_bits(keys, columns, shift))
   leading = tuple(range(x.ndim - 1))
   if buckets == 1:
     return signed.sum(leading)[None]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import bisect
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,13 +107,46 @@ def _as_it_is(x: jax.Array, other: jax.Array) -> list[jax.Array]:
   return [x]
 
 
+def _seeds_in_front(args: Any, axes: Any) -> tuple[Any, int]:
+  (x, zero), (x_axis, zero_axis) = args, axes
+  zero = zero if zero_axis is None else jnp.moveaxis(zero, zero_axis, 0)
+  if x_axis is None:
+    x = jnp.broadcast_to(x, (zero.shape[0], *x.shape))
+  else:
+    x = jnp.moveaxis(x, x_axis, 0)
+    zero = zero[None] if zero_axis is None and zero.ndim else zero  # its axes are x's first ones
+  return (x, zero), 0
+
+
+def _as_they_are(args: Any, axes: Any) -> tuple[Any, int]:
+  return args, axes[0]
+
+
+class _Pass(NamedTuple):
+  """A primitive of an array x and another that gives x itself."""
+
+  copies: int  # of x
+  batched: Any  # how `vmap` hands x and the other on, and at which axis of x its own then is
+  forms: dict[str | None, tuple[Any, Any]]  # by platform (None: all others), in programs of one device and of several
+
+
+_PASSES = {
+  "stored": _Pass(
+    2, _seeds_in_front, {"cpu": (_stored_on_cpu, _stored_on_cpu), None: (_stored_elsewhere, _stored_elsewhere)}
+  ),
+  # Of an array on several devices no element is known to all.
+  "after": _Pass(1, _as_they_are, {"cpu": (_after_on_cpu, _as_it_is), None: (_as_it_is, _as_it_is)}),
+  "later": _Pass(1, _seeds_in_front, {None: (_later, _later)}),
+}
+
+
 @functools.cache
 def _passing(name: str) -> Any:
-  """A primitive that gives x itself, twice for "stored", and whose derivatives are those of x.
+  """One of these primitives; its derivatives are those of x.
 
   A `jax.custom_jvp` would do, but for second derivatives through a `jax.lax.scan`, where JAX forgets its rule.
   """
-  copies = 2 if name == "stored" else 1
+  copies, batched_as, forms = _PASSES[name]
 
   def eager(x: Any, other: Any) -> list[Any]:
     del other
@@ -123,29 +156,14 @@ def _passing(name: str) -> Any:
     return primitive.bind(*primals), [tangents[0]] * copies
 
   def batched(args: Any, axes: Any) -> tuple[Any, Any]:
-    if name == "after":  # whatever the other's axes are
-      return primitive.bind(*args), axes[:1]
-    (x, zero), (x_axis, zero_axis) = args, axes
-    zero = zero if zero_axis is None else jnp.moveaxis(zero, zero_axis, 0)
-    if x_axis is None:
-      x = jnp.broadcast_to(x, (zero.shape[0], *x.shape))
-    else:
-      x = jnp.moveaxis(x, x_axis, 0)
-      zero = zero[None] if zero_axis is None and zero.ndim else zero  # its axes are x's first ones
-    return primitive.bind(x, zero), [0] * copies
+    args, axis = batched_as(args, axes)
+    return primitive.bind(*args), [axis] * copies
 
-  def lowering(form: Any) -> Any:
-    traced_once = jax.jit(form, inline=True)  # a shape
-    if name == "after":  # of an array on several devices no element is known to all
-      return lambda context, *args: lower(context, traced_once if devices_of(context) == 1 else _as_it_is, *args)
-    return lambda context, *args: lower(context, traced_once, *args)
+  def lowering(alone: Any, several: Any) -> Any:
+    alone, several = (jax.jit(form, inline=True) for form in (alone, several))  # each shape is traced once
+    return lambda context, *args: lower(context, alone if devices_of(context) == 1 else several, *args)
 
-  forms = {
-    "stored": {"cpu": _stored_on_cpu, None: _stored_elsewhere},
-    "after": {"cpu": _after_on_cpu, None: _as_it_is},
-    "later": {None: _later},
-  }[name]
-  lowered = {platform: lowering(form) for platform, form in forms.items()}
+  lowered = {platform: lowering(*pair) for platform, pair in forms.items()}
   primitive = new_primitive(
     name, eager=eager, results=eager, batched=batched, lowered=lowered, differentiated=differentiated
   )

@@ -23,10 +23,11 @@ from sedjax._count import (
   folded_sum,
   index_hash,
   indices,
-  mix,
   part_of,
   plan_of,
   shared_zero_of,
+  sign_bits,
+  sign_shift,
   sum_dtype,
   zero_of_each,
 )
@@ -45,7 +46,7 @@ def _strided_sums(
   keys = jnp.broadcast_to(lax.slice(keys, (first,), (last,))[:, None], (last - first, HASH_ROWS // stride))
   keys = keys.reshape(-1)[:count]
   shift = np.uint32(32 - stride) - lax.iota(jnp.uint32, count) * np.uint32(stride) % HASH_ROWS
-  bits = mix(keys[:, None] ^ columns[None, :]) << shift[:, None]
+  bits = sign_bits(keys, columns, shift)
   # The first row's sign is taken out of the sum: XLA hands sums that end in an addition to a library, which would
   # have every signed row stored.
   sign = bits << np.uint32(stride - 1)
@@ -109,8 +110,8 @@ def _signed(x: jax.Array, bits: Any, grid: Any, *, part: int | None) -> jax.Arra
 
 def _last_rows(x: jax.Array, row: int, keys: Any, columns: Any, part: Any, grid: Any) -> jax.Array:
   """float32[1, n]: the sum of fewer than 32 rows that share a hash, from `row` to the end."""
-  shift = np.arange(row, x.shape[0], dtype=np.uint32) % np.uint32(HASH_ROWS)
-  bits = mix(keys[row // HASH_ROWS] ^ columns)[None, :] << (np.uint32(31) - shift)[:, None]
+  shift = sign_shift(np.arange(row, x.shape[0], dtype=np.uint32))
+  bits = sign_bits(keys[row // HASH_ROWS][None], columns, shift)
   return flip(part_of(x[row:], part, grid), bits).sum(0, keepdims=True)
 
 
@@ -169,7 +170,7 @@ def _strided_terms(piece: Piece, plan: Plan, group: int, dim: int, part: Any, gr
   term = functools.partial(_Term, group=group, place=plan.offset, parts=1, buckets=plan.buckets)
   if plan.per_bucket == 1 and x.size <= TABLE:  # no sums to make; signs as a constant cost less than hashes
     row = np.arange(plan.rows, dtype=np.uint32)
-    bits = mix(keys[row // HASH_ROWS][:, None] ^ columns) << (np.uint32(31) - row % np.uint32(HASH_ROWS))[:, None]
+    bits = sign_bits(keys[row // HASH_ROWS], columns, sign_shift(row))
     yield term(lambda _: _signed(x, bits & SIGN, grid, part=part), (0, 0))
     return
   stride = stride_of(x.dtype, plan.per_bucket, part, gpu)
@@ -245,7 +246,7 @@ def strided_rows(
   grid: Any,
   gpu: bool = False,
 ) -> list[jax.Array]:
-  """`count_rows` of whole leaves."""
+  """float32[dim] for each label: the count sketches of whole leaves, each in one place."""
   plans = [plan_of(piece.path, piece.hashes, piece.array.shape, dim, seed) for piece in pieces]
   # One lot after the other, and a leaf is kept until its turn comes: so those first that are made first.
   in_turn = sorted(zip(pieces, plans, groups, strict=True), key=lambda each: each[0].rank)
