@@ -35,7 +35,8 @@ class Cost:
     platform: "cpu", "gpu" or "tpu".
     update_bytes: bytes of the device's share of the updates (of the parameters, where those are read).
     bytes_accessed: bytes that the compiler counts as read and written, in caches or memory; None where it counts none.
-    bytes_allowed: bytes that may be: 1.05 times the updates', and on a mesh four times the sketch of each leaf.
+    bytes_allowed: bytes that may be: 1.05 times the updates', and on a mesh four times the sketch of each leaf; held
+      against those accessed for a TPU alone, since other compilers do not tell what stays in caches.
     temporaries: bytes of temporary arrays alive at once.
     state_bytes: bytes of the device's share of the tracker's state.
     state_limit: bytes that the state may take: (W + 3)·d·4 for each group, its history and 64 KiB; for exact rows

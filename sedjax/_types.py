@@ -12,10 +12,13 @@ import numpy as np
 class Phase(enum.IntEnum):
   """Where the gap ratio of a window stands, told row by row, without hindsight.
 
+  An edge begins where the ratio exceeds `Report.null_ratio`, and ends where it falls below a lower threshold, which
+  noise exceeds now and then, so that a ratio about as large as noise's does not begin and end an edge at every row.
+
   Attributes:
     WARMUP: the window is not full, or the group did not move in some of its rows.
-    NO_EDGE: the ratio is within what noise shows.
-    RISE: it exceeds that (`Report.null_ratio`), and grows.
+    NO_EDGE: the ratio has not exceeded what noise shows, or has fallen back into it.
+    RISE: it has exceeded that, and grows.
     PLATEAU: it grows no longer, and is at least 0.85 of its peak.
     COLLAPSE: it fell below 0.85 of its peak, and is not yet within noise.
   """
@@ -40,7 +43,7 @@ class Status(enum.IntFlag):
     CANCELLATION: the window has a row, a difference of parameters, of which rounding may exceed 1 %.
     UNTRACKED: some leaves hold no floats, or `groups` gave None for them.
     UNKNOWN_GROUP: there is no such group; all else in the report is void.
-    MAP_CHANGED: rows of another sketch or tree share the window.
+    MAP_CHANGED: the state came with rows of another sketch or tree; from then on all its reports say so.
   """
 
   WINDOW_FILLING = 1
@@ -69,8 +72,8 @@ _WORDS = {
   Status.CANCELLATION: "A difference of parameters is so small that its rounding error may exceed 1 %.",
   Status.UNTRACKED: "Some leaves are not tracked: they hold no floats, or `groups` returned None for them.",
   Status.UNKNOWN_GROUP: "The requested group does not exist, so every number here is void.",
-  Status.MAP_CHANGED: "The rows in the state were made with another sketch, or from another tree, than this tracker's, "
-  "so rows that are not comparable share a window: call init for a new state.",
+  Status.MAP_CHANGED: "The state came with rows of another sketch, or of another tree, than this tracker's, and "
+  "windows that hold both kinds compare what cannot be compared: call init for a new state.",
 }
 
 
@@ -90,7 +93,7 @@ class Report(NamedTuple):
     gap_ratio: float32, the ratio at k_star, or 0.
     null_ratio: float32, what noise of the same momentum, in rows of the same norms, exceeds at k_star less than once in
       10⁵ rows, or 0.
-    edge_ambiguous: bool, another place's ratio is within the sketch's error of the winner.
+    edge_ambiguous: bool, another place's ratio is within three standard errors of the sketch of the winner.
     pc1_fraction: float32 in [0, 1], share of the largest singular value in the sum of squares.
     k95: int32, the fewest singular values that hold 95 % of the sum of squares.
     drift_speed: float32, norm of the mean row.

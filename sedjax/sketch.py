@@ -257,6 +257,9 @@ def exact() -> Exact:
   Returns:
     A hashable sketch object with `dim` 0.
 
+  Raises:
+    ValueError: when it is used, a leaf (of a sharded one, a device's block) has more than 2**26 numbers.
+
   Cost: memory of W + 1 copies of the parameters, and each row that is pushed reads all of them, with
     temporaries several times as large on a CPU; `sedjax.check_cost` says how large.
 

@@ -67,8 +67,9 @@ def test_readme_figures_are_the_stored_ones():
   assert done.returncode == 0, done.stderr
 
 
-def test_readme_python_runs():
+def test_readme_python_runs(tmp_path, monkeypatch):
   """The code blocks of the README, one after the other in one namespace."""
+  monkeypatch.chdir(tmp_path)
   blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
   assert blocks
   namespace = {}

@@ -45,9 +45,7 @@ def test_noise_has_no_edge(sketch, window, beta):
   length = 2000
   phases = np.asarray(noise_phases(config, length, 2000 if sketch == "exact" else 20000, beta, 0))
   assert np.all(phases[: window - 1] == Phase.WARMUP)
-  settled = phases[window - 1 :]
-  assert np.mean(settled == Phase.NO_EDGE) >= 0.95
-  assert np.sum(np.diff(settled) != 0) <= length // 1000
+  assert np.all(phases[window - 1 :] == Phase.NO_EDGE)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +81,7 @@ def test_momentum_of_summed_steps():
   """The null of rows of `every` steps: AR(1) noise summed over 5 steps stays without an edge."""
   config = core.Config(10, every=5, sketch=SKETCHES["count"], momentum=0.9)
   phases = np.asarray(noise_phases(config, 2500, 20000, 0.9, 1))
-  assert np.mean(phases[50:] == Phase.NO_EDGE) >= 0.95
+  assert np.all(phases[49:] == Phase.NO_EDGE)
   unaware = core.Config(10, every=5, sketch=SKETCHES["count"])
   assert np.mean(np.asarray(noise_phases(unaware, 500, 20000, 0.9, 1))[50:] == Phase.NO_EDGE) < 0.1
 
