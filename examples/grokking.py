@@ -41,7 +41,6 @@ from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
 import modular
 import numpy as np
 import rich.box
@@ -72,27 +71,6 @@ PHASE_COLORS = {
   sedjax.Phase.PLATEAU: "#B5D6EC",
   sedjax.Phase.COLLAPSE: "#C2A6BF",
 }
-
-
-def make_interval(settings: modular.Settings, tracker: Any) -> Any:
-  """The jitted function that trains all lanes up to their next evaluation; returns reports, train and test accuracy."""
-  train_step = functools.partial(modular.train_step, settings, tracker)
-
-  def one_step(lanes: modular.Lane, step: jax.Array) -> tuple[modular.Lane, None]:
-    # The step is not mapped over lanes: rows are then pushed by a real branch, not computed and thrown away.
-    return jax.vmap(train_step, in_axes=(0, None))(lanes, step)[0], None
-
-  def one_row(lanes: modular.Lane, first: jax.Array) -> tuple[modular.Lane, sedjax.Report]:
-    lanes, _ = jax.lax.scan(one_step, lanes, first + jnp.arange(settings.row_every, dtype=jnp.int32))
-    return lanes, sedjax.get_reports(lanes.opt_state)
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def interval(lanes: modular.Lane, start: jax.Array) -> tuple[modular.Lane, Any]:
-    firsts = start + jnp.arange(0, settings.eval_every, settings.row_every, dtype=jnp.int32)
-    lanes, reports = jax.lax.scan(one_row, lanes, firsts)
-    return lanes, (reports, *jax.vmap(functools.partial(modular.evaluate, settings))(lanes))
-
-  return interval
 
 
 def first_grok(test_accuracy: np.ndarray) -> int | None:
@@ -129,7 +107,7 @@ def train(settings: modular.Settings, lanes: list[tuple[int, float]], file: Path
   names = [run_name(*lane) for lane in lanes]
   began = time.perf_counter()
   state = jax.jit(jax.vmap(functools.partial(modular.init, settings, tracker)))(seeds, decays.astype(np.float32))
-  interval = make_interval(settings, tracker).lower(state, np.int32(0)).compile()
+  interval = modular.make_interval(settings, tracker).lower(state, np.int32(0)).compile()
   console.print(f"Compiled in {time.perf_counter() - began:.0f} s.")
 
   for old in (file, file.with_name(f"{file.name}.journal")):  # a record that exists would be continued

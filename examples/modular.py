@@ -1,18 +1,21 @@
 """Addition modulo 97, the small transformer that groks it, and one training step: what `grokking.py` runs.
 
 Everything here is for one run, a `Lane`; `jax.vmap` over lanes trains many seeds at once, each with a split, an
-initialization, batches and a weight decay of its own.
+initialization, batches and a weight decay of its own, as `make_interval` does.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+
+import sedjax
 
 MODULUS = 97
 PAIRS = MODULUS**2
@@ -149,3 +152,24 @@ def evaluate(settings: Settings, lane: Lane) -> tuple[jax.Array, jax.Array]:
   # In batches: faster than all pairs at once, whose activations outgrow the processor's cache.
   correct = jax.lax.map(correct_of, lane.order.reshape(MODULUS, MODULUS)).reshape(-1)
   return correct[: settings.train_pairs].mean(), correct[settings.train_pairs :].mean()
+
+
+def make_interval(settings: Settings, tracker: Any) -> Any:
+  """The jitted function that trains all lanes up to their next evaluation; returns reports, train and test accuracy."""
+  one_run = functools.partial(train_step, settings, tracker)
+
+  def one_step(lanes: Lane, step: jax.Array) -> tuple[Lane, None]:
+    # The step is not mapped over lanes: rows are then pushed by a real branch, not computed and thrown away.
+    return jax.vmap(one_run, in_axes=(0, None))(lanes, step)[0], None
+
+  def one_row(lanes: Lane, first: jax.Array) -> tuple[Lane, sedjax.Report]:
+    lanes, _ = jax.lax.scan(one_step, lanes, first + jnp.arange(settings.row_every, dtype=jnp.int32))
+    return lanes, sedjax.get_reports(lanes.opt_state)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def interval(lanes: Lane, start: jax.Array) -> tuple[Lane, Any]:
+    firsts = start + jnp.arange(0, settings.eval_every, settings.row_every, dtype=jnp.int32)
+    lanes, reports = jax.lax.scan(one_row, lanes, firsts)
+    return lanes, (reports, *jax.vmap(functools.partial(evaluate, settings))(lanes))
+
+  return interval

@@ -52,21 +52,7 @@ def train(settings: modular.Settings, file: Path) -> None:
     "groups": group_of,
   }
   tracker = sedjax.track_spectral_edge(**options)
-  train_step = functools.partial(modular.train_step, settings, tracker)
-
-  def one_step(lanes: Any, step: jax.Array) -> tuple[Any, None]:
-    return jax.vmap(train_step, in_axes=(0, None))(lanes, step)[0], None
-
-  def one_row(lanes: Any, first: jax.Array) -> tuple[Any, sedjax.Report]:
-    lanes, _ = jax.lax.scan(one_step, lanes, first + jnp.arange(settings.row_every, dtype=jnp.int32))
-    return lanes, sedjax.get_reports(lanes.opt_state)
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def interval(lanes: Any, start: jax.Array) -> tuple[Any, Any]:
-    firsts = start + jnp.arange(0, settings.eval_every, settings.row_every, dtype=jnp.int32)
-    lanes, reports = jax.lax.scan(one_row, lanes, firsts)
-    return lanes, (reports, *jax.vmap(functools.partial(modular.evaluate, settings))(lanes))
-
+  interval = modular.make_interval(settings, tracker)
   lanes = jax.jit(jax.vmap(functools.partial(modular.init, settings, tracker)))(
     jnp.asarray(SEEDS), jnp.ones(len(SEEDS))
   )

@@ -167,7 +167,8 @@ def live(series, **options):
     if i:
       reports.append(sedjax.get_reports(state))
   stacked = jax.tree.map(lambda *fields: np.stack(fields), *reports)
-  groups = ("all", *sorted({options["groups"](path) for path in series[0]} if "groups" in options else ()))
+  labels = dict.fromkeys(map(options["groups"], sorted(series[0]))) if "groups" in options else ()
+  groups = ("all", *labels)
   return to_dataset(stacked, steps=[i * EVERY for i in range(1, COUNT)], windows=(3, 5), groups=groups)
 
 
