@@ -149,14 +149,15 @@ def _folding_rule(piece: Piece, plan: Plan, dim: int, part: Any) -> Callable[...
   return by_hand
 
 
-def indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any) -> tuple[int, jax.Array]:
-  """A place in the sketch, and what a leaf or block adds from there on."""
+def indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any, alone: bool) -> tuple[int, jax.Array]:
+  """A place in the sketch, and what a leaf or block adds from there on; `alone`: no partitioner will see it."""
   piece = piece.placed()
   plan = plan_of(piece.path, piece.hashes, piece.shape, dim, seed)
   if piece.start is None:
-    # Partitioners sum what each contraction gives: no more than dim numbers, where a leaf is no wider.
-    most = max(1, dim // plan.columns)
-    automatic = _is_automatic(_placement.mesh_of(piece.array))
+    # Partitioners sum what each contraction gives: no more than dim numbers, where a leaf is no wider. But each
+    # contraction reads the leaf.
+    most = plan.buckets if alone else max(1, dim // plan.columns)
+    automatic = not alone and _is_automatic(_placement.mesh_of(piece.array))
     if plan.buckets * plan.columns > dim and may_be_split(piece.array) and automatic:
 
       def plain(array: jax.Array, grid: Any) -> jax.Array:

@@ -8,6 +8,7 @@ partitioner does what it finds best.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -110,15 +111,18 @@ def whole_shape(shape: tuple[int, ...], spec: Spec) -> tuple[int, ...]:
 
 
 def _split(block: tuple[int, ...], whole: tuple[int, ...], sizes: Mapping[str, int]) -> list[Spec]:
-  """All ways to split a leaf of shape `whole` into blocks of shape `block` over different axes of these sizes."""
+  """All ways to split a leaf of shape `whole` into blocks of shape `block` over different axes of these sizes.
+
+  Where a dimension is split over several axes their order decides which block is whose, and shapes do not tell it.
+  """
   if len(block) != len(whole):
     return []
   if not block:
     return [()]
   found = []
-  for chosen in range(2 ** len(sizes)):
-    names = tuple(name for i, name in enumerate(sizes) if chosen >> i & 1)
-    if math.prod(sizes[name] for name in names) * block[0] == whole[0] and all(sizes[name] > 1 for name in names):
+  several = [name for name, size in sizes.items() if size > 1]
+  for names in (names for count in range(len(several) + 1) for names in itertools.permutations(several, count)):
+    if math.prod(sizes[name] for name in names) * block[0] == whole[0]:
       left = {name: size for name, size in sizes.items() if name not in names}
       found += [(names, *rest) for rest in _split(block[1:], whole[1:], left)]
   return found

@@ -72,7 +72,8 @@ def track_spectral_edge(
     history: int >= 0, so many past reports are kept on the device; see `get_history`.
     axis_name: inside a `jax.shard_map` whose blocks update is given: the mesh axes over which the parameters are split,
       a name or a tuple of names (which dimensions are split is found by comparing shapes with those that tx.init saw,
-      outside of the shard_map), or a tree of the parameters' PartitionSpecs. Elsewhere None: shardings over explicit
+      outside of the shard_map), or a tree of the parameters' PartitionSpecs, which is needed where shapes do not tell
+      it all, as where one dimension is split over two axes. Elsewhere None: shardings over explicit
       mesh axes are known, and XLA cares for automatic ones.
     name: tells two trackers in one optimizer apart.
 

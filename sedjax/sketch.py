@@ -104,17 +104,18 @@ def _count_rows(
     placed = [piece._replace(array=array) for piece, array in zip(bare, arrays, strict=True)]
     return strided_rows(placed, groups, labels, dim, seed, part, grid, gpu)
 
-  def indexed(arrays: list[jax.Array], grid: Any) -> list[jax.Array]:
+  def indexed(arrays: list[jax.Array], grid: Any, alone: bool = False) -> list[jax.Array]:
     terms: list[list[tuple[int, jax.Array]]] = [[] for _ in range(labels)]
     for piece, group, array in zip(bare, groups, arrays, strict=True):
-      terms[group].append(indexed_term(piece._replace(array=array), dim, seed, part, grid))
+      terms[group].append(indexed_term(piece._replace(array=array), dim, seed, part, grid, alone))
     rows = [sum_terms(some, dim) if some else jnp.zeros((dim,), sum_dtype(part)) for some in terms]
     return lax.optimization_barrier([gathered(row) for row in rows])
 
   def whole(arrays: list[jax.Array], grid: Any) -> list[jax.Array]:
     # Without a GPU, what is exported for one has the form for CPUs, so that only one is traced.
     on_gpu = functools.partial(strided, gpu=True) if jax.default_backend() == "gpu" else strided
-    return lax.platform_dependent(arrays, grid, cpu=strided, cuda=on_gpu, default=indexed)
+    elsewhere = functools.partial(indexed, alone=True)
+    return lax.platform_dependent(arrays, grid, cpu=strided, cuda=on_gpu, default=elsewhere)
 
   if any(piece.start is not None or mesh_of(piece.array).size > 1 for piece in pieces):
     return indexed(arrays, grid)

@@ -1,6 +1,5 @@
 """The analysis of saved checkpoints: readers, selection, the numbers, interruptions, and bad input."""
 
-import argparse
 import errno
 import io
 import json
@@ -23,7 +22,6 @@ from hypothesis import strategies
 
 import sedjax
 from sedjax import (
-  _analyze_cli,
   _compile,
   _count,
   _leaves,
@@ -39,6 +37,7 @@ from sedjax import (
   _training,
   checkpoints,
 )
+from sedjax.__main__ import main
 from sedjax._null import row_covariance
 from sedjax._reports import group_names, identity
 from sedjax._series import Entry, find_series
@@ -1055,19 +1054,19 @@ def test_pickles_are_not_executed(tmp_path, series):
 def test_a_full_disk_keeps_what_was_saved(tmp_path, files, monkeypatch):
   monkeypatch.setattr(_streams, "_SAVE_SECONDS", 0)
   monkeypatch.setattr(_streams._Tracker, "ready", lambda _: True)
-  replace, count = _store._replace, []
+  replacing, count = _store.replacing, []
 
-  def full(path, content):
+  def full(path):
     count.append(path)
     if len(count) == 4:
       raise OSError(28, "No space left on device")
-    replace(path, content)
+    return replacing(path)
 
-  monkeypatch.setattr(_store, "_replace", full)
+  monkeypatch.setattr(_store, "replacing", full)
   out = tmp_path / "run.nc"
   with pytest.raises(checkpoints.CheckpointError, match=r"run\.nc\.part cannot be written \(No space left"):
     checkpoints.analyze(files, window=3, out=out)
-  monkeypatch.setattr(_store, "_replace", replace)
+  monkeypatch.setattr(_store, "replacing", replacing)
   assert_same(checkpoints.analyze(files, window=3, out=out), checkpoints.analyze(files, window=3))
 
 
@@ -1087,9 +1086,7 @@ def test_shards_that_are_missing_or_elsewhere(tmp_path, series):
 
 
 def command(*words):
-  parser = argparse.ArgumentParser("sedjax analyze")
-  _analyze_cli.add_arguments(parser)
-  return _analyze_cli.run(parser.parse_args([str(word) for word in words]))
+  return main(["analyze", *map(str, words)])
 
 
 @pytest.mark.parametrize("given", [None, "", "cuda"])

@@ -197,7 +197,8 @@ def test_vmapped_seeds_over_automatic_axes():
 def test_inside_shard_map(layout, sketch):
   """Likewise where update is given blocks, and is told the axes' names or the parameters' specs."""
   specs, mesh = LAYOUTS[layout], mesh_of(AxisType.Auto)
-  tx = tracker(SKETCHES[sketch], axis_name=specs if sketch == "exact" else ("x", "y"))
+  told = sketch == "count" and not any(isinstance(axes, tuple) for spec in specs.values() for axes in spec)
+  tx = tracker(SKETCHES[sketch], axis_name=("x", "y") if told else specs)
   state = tx.init(STEPS[0])
   splits = state_specs(state, specs)
   update = jax.shard_map(lambda u, s: tx.update(u, s)[1], mesh=mesh, in_specs=(specs, splits), out_specs=splits)
@@ -205,6 +206,21 @@ def test_inside_shard_map(layout, sketch):
   assert_same(reports, unsharded(SKETCHES[sketch], False))
   moved = [numbers for _, numbers in collectives_of(program)]
   assert sum(moved) <= (DIM if sketch == "count" else 4 * 4 + 1)
+
+
+@pytest.mark.parametrize("order", [("x", "y"), ("y", "x")])
+def test_one_dimension_split_over_two_axes(order):
+  """Whose block is which is in the specs, and not in shapes."""
+  specs, mesh = {**LAYOUTS["replicated"], "up": P(order)}, mesh_of(AxisType.Auto)
+  for axis_name in (specs, ("x", "y"), ("y", "x")):
+    tx = tracker(SKETCHES["count"], axis_name=axis_name)
+    state = tx.init(STEPS[0])
+    update = jax.shard_map(lambda u, s, tx=tx: tx.update(u, s)[1], mesh=mesh, in_specs=(specs, P()), out_specs=P())
+    if axis_name is specs:
+      assert_same(run(update, state, specs, mesh)[0], unsharded(SKETCHES["count"], False))
+    else:
+      with pytest.raises(ValueError, match=r"of leaf 'up' .* fits 2 splits .* give axis_name=specs"):
+        jax.eval_shape(update, STEPS[0], state)
 
 
 def test_groups_move_a_sketch_each():

@@ -129,9 +129,9 @@ def strided(path, x, dim, gpu=False):
   return strided_rows([Piece(path, x)], [0], 1, dim, 0, None, jnp.float32(1), gpu)[0]
 
 
-def indexed(pieces, dim):
+def indexed(pieces, dim, alone=False):
   """The form of TPUs and of shards."""
-  return sum_terms([indexed_term(piece, dim, 0, None, jnp.float32(1)) for piece in pieces], dim)
+  return sum_terms([indexed_term(piece, dim, 0, None, jnp.float32(1), alone) for piece in pieces], dim)
 
 
 def blocks(path, x, axes):
@@ -152,7 +152,7 @@ SHAPES = [(), (5,), (97, 128), (3, 3, 5, 8), (5025, 64), (1, 97), (97, 1), (7, 5
 def all_forms(shape, dim, x):
   """The row of one leaf in every form."""
   axes = {"leading": (0,), "trailing": (len(shape) - 1,), "every": tuple(range(len(shape)))}
-  rows = {"indexed": indexed([Piece("w", x)], dim)}
+  rows = {"indexed": indexed([Piece("w", x)], dim), "indexed, alone": indexed([Piece("w", x)], dim, alone=True)}
   rows |= {f"blocks of {name} axis": indexed(list(blocks("w", x, axes[name])), dim) for name in axes}
   return rows | {"strided": strided("w", x, dim), "strided on GPU": strided("w", x, dim, gpu=True)}
 
