@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sedjax._late import by_devices
+from sedjax._placement import explicit_spec, mesh_of
 from sedjax._primitives import devices_of, is_exported, lower, new_primitive, shaped
 
 # Nothing beside the largest entry of a Gram matrix of scaled rows, which is 1 or more.
@@ -134,9 +136,43 @@ def solve_each(grams: jax.Array) -> tuple[jax.Array, jax.Array]:
   return values[None], vector[None]
 
 
-def by_library(grams: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The same of float32[batch, n, n] by JAX's `eigh`."""
+def _plain_eigh(grams: jax.Array) -> tuple[jax.Array, jax.Array]:
   values, vectors = jnp.linalg.eigh(grams)
+  return values, vectors
+
+
+_one_eigh = jax.custom_batching.custom_vmap(_plain_eigh)
+
+
+@_one_eigh.def_vmap
+def _(size: int, batched: Any, grams: jax.Array) -> tuple[Any, tuple[bool, bool]]:
+  del size, batched
+  spec, _ = explicit_spec(grams)
+  seeds_apart = bool(spec) and bool(spec[0])  # a device has few of them
+  return _plain_eigh(grams) if seeds_apart else lax.map(_one_eigh, grams), (True, True)
+
+
+def eigh_each(grams: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """JAX's `eigh` of float32[batch, n, n], in programs for several CPU devices one matrix after the other.
+
+  jaxlib's solver of several at once occupies a thread of XLA's pool while it waits for others, so that as many devices
+  as the pool has threads would wait for each other forever.
+  """
+  one_by_one = functools.partial(lax.map, _one_eigh)
+  if jax.device_count() == 1:
+    return _plain_eigh(grams)
+  if mesh_of(grams).size > 1:
+    on_cpu = one_by_one
+  else:
+    like = [(shape, grams.dtype) for shape in (grams.shape[:-1], grams.shape)]
+    on_cpu = lambda grams: tuple(by_devices(_plain_eigh, one_by_one, like, [grams]))  # noqa: E731
+  values, vectors = lax.platform_dependent(grams, cpu=on_cpu, default=_plain_eigh)
+  return values, vectors
+
+
+def by_library(grams: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """`solve` of float32[batch, n, n] by JAX's `eigh`."""
+  values, vectors = eigh_each(grams)
   return values, vectors[..., -1]
 
 

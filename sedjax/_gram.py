@@ -152,7 +152,7 @@ def _precise_eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
   """
   scale = power_of_two(jnp.trace(gram[0])) * 2
   high, low = gram / jnp.where(scale > 0, scale, 1)
-  _, vectors = jnp.linalg.eigh(high)
+  (vectors,) = _eigen.eigh_each(high[None])[1]
   vectors = jnp.clip(vectors, -1, 1)
   image, image_low = precise_dot(high[:, :, None], vectors[None, :, :], (1,))
   image_low = image_low + jnp.einsum("ij,jk->ik", low, vectors, precision=_HIGHEST)
