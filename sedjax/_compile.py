@@ -11,12 +11,29 @@ import jax
 import scipy.linalg  # noqa: F401 - which JAX would import in the middle of compiling an eigensolver for a CPU
 
 from sedjax import core
+from sedjax._primitives import with_promotion
 
-COMPILERS = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="sedjax-compiler")
+_COMPILERS = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="sedjax-compiler")
 # For XLA's CPU compiler, whose newer way to make loops takes twice as long, and gives none that are faster here.
 ROW_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 # It takes seconds, too, over the many small operations of a report, which take no time to run.
 REPORT_OPTIONS = {**ROW_OPTIONS, "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def as_usual(function: Any) -> Any:
+  """The function in a JAX as it is by default, whatever the caller has set, in whichever thread it runs."""
+
+  @functools.wraps(function)
+  def calling(*args: Any, **kwargs: Any) -> Any:
+    with jax.disable_jit(False), jax.transfer_guard("allow"), jax.debug_nans(False), jax.debug_infs(False):
+      return with_promotion(function)(*args, **kwargs)
+
+  return calling
+
+
+def compiling(function: Any, *args: Any) -> concurrent.futures.Future[Any]:
+  """Calls the function in a thread of the compilers'."""
+  return _COMPILERS.submit(as_usual(function), *args)
 
 
 @functools.lru_cache(maxsize=8)

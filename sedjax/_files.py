@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+UNFINISHED = ".sedjax-unfinished"  # behind a file's name; a user's own file has none like it
+
 
 def locked(path: Path, opened: Callable[[], int]) -> int:
   """The descriptor that `opened` gives of the path, locked until it is closed.
@@ -32,13 +34,13 @@ def locked(path: Path, opened: Callable[[], int]) -> int:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, ending: str = ".new") -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
   """Gives a path beside this one, whose file then takes its place.
 
   One of both is there whole at any time, also after a crash of the machine. Where an error is raised meanwhile, the old
   one stays.
   """
-  new = path.with_name(path.name + ending)
+  new = path.with_name(path.name + UNFINISHED)
   try:
     yield new
     with open(new, "rb") as file:

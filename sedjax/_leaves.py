@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sedjax._compile import COMPILERS, ROW_OPTIONS, known
+from sedjax._compile import ROW_OPTIONS, compiling, known
 from sedjax._count import WIDE, Hashes, Piece, row_signs
 from sedjax._selection import Leaf, Selection, aligned
 from sedjax._strided import chunk_sums, stride_of
@@ -40,7 +40,7 @@ def _compiled_whole(sketch: Any, axes: Any, shape: tuple[int, ...], dtype: np.dt
       hashes = sketch.hashes("", (2, *turned) if dtype.kind == "c" else turned)
       return jax.jit(row).lower(jax.ShapeDtypeStruct(shape, dtype), hashes).compile(known(**ROW_OPTIONS))
 
-  return COMPILERS.submit(program)
+  return compiling(program)
 
 
 @functools.lru_cache(maxsize=512)
@@ -56,7 +56,7 @@ def _compiled_chunk(rows: int, columns: int, dtype: np.dtype, stride: int) -> co
       call(x, np.zeros(rows // _BLOCK, np.uint32), np.zeros(columns, np.uint32)).block_until_ready()
       return call
 
-  return COMPILERS.submit(program)
+  return compiling(program)
 
 
 class _Way(NamedTuple):

@@ -94,7 +94,12 @@ class _Joined(BackendArray):
       here = np.flatnonzero((block == number) & (at < self.keep))
       if len(here) and self.stored is not None:
         steps, places = _box(at[here])
-        found[here] = self.stored[(steps, *slices)][np.ix_(places, *inside)]
+        try:
+          values = self.stored[(steps, *slices)]
+        except OSError as error:  # of HDF5, without a name
+          file = self.stored.file.filename
+          raise ValueError(f"sedjax.record: {self.name} cannot be read from {file}, it is damaged: {error}.") from error
+        found[here] = values[np.ix_(places, *inside)]
       here = np.flatnonzero((block == number) & (at >= self.keep))
       if len(here):
         values = self.rows.read(self.name, at[here] - self.keep)
@@ -273,7 +278,7 @@ def write(path: Path, empty: xr.Dataset, contents: Contents, rows: Rows) -> None
   path = path.resolve()  # a link stays
   row_bytes = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in rows.fields.values())
   check_room(path, len(rows) * row_bytes + (path.stat().st_size if path.exists() else 0))
-  with replacing(path, ".partial") as partial:
+  with replacing(path) as partial:
     if path.exists():
       stored = open_stored(path, rows.fields)
       parts = parts_of(stored.others, contents)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pathlib
 import zipfile
+from typing import Any
 
 import numpy as np
 
 from sedjax._reader import Reader, ReadError, TensorInfo, fill, is_size, told_as
+
+
+def _skip(file: Any, count: int) -> None:
+  """Reads on: `seek` would make newer zipfile modules forget the checksum."""
+  while count > 0:
+    count -= len(file.read(min(count, 2**20))) or count
 
 
 class NpzReader(Reader):
@@ -51,7 +58,7 @@ class NpzReader(Reader):
   def read(self, name: str, start: int, out: np.ndarray) -> None:
     member, at, fortran, swapped = self._members[name]
     with told_as("npz file"), self._zip.open(member) as file:
-      file.seek(at + (0 if fortran else start * out.itemsize))
+      _skip(file, at + (0 if fortran else start * out.itemsize))
       if fortran and len(self.tensors[name].shape) > 1:
         whole = np.empty(self.tensors[name].size, out.dtype)
         fill(file, whole)

@@ -23,7 +23,9 @@ Spec = tuple[tuple[str, ...], ...]  # by dimension, the mesh axes over which it 
 
 def normalised(spec: Any, ndim: int) -> Spec:
   """A `PartitionSpec` with a tuple of names for each of `ndim` dimensions."""
-  entries = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in spec]
+  # By index, since specs that are reduced over an axis besides refuse to be iterated over.
+  entries = [spec[i] for i in range(len(spec))]
+  entries = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in entries]
   return tuple(entries + [()] * (ndim - len(entries)))
 
 
@@ -128,6 +130,11 @@ def _split(block: tuple[int, ...], whole: tuple[int, ...], sizes: Mapping[str, i
   return found
 
 
+def _is_known(spec: Any) -> bool:
+  """Whether a PartitionSpec says of each dimension how it is split."""
+  return all(spec[i] is not jax.P.UNCONSTRAINED for i in range(len(spec)))
+
+
 class Blocks:
   """How the blocks that `update` is given inside a `jax.shard_map` lie in the parameters: the option `axis_name`."""
 
@@ -140,10 +147,10 @@ class Blocks:
       self._names = names
       return
     with_paths = jax.tree_util.tree_leaves_with_path(axis_name, is_leaf=lambda x: isinstance(x, jax.P))
-    if not with_paths or not all(path and isinstance(spec, jax.P) for path, spec in with_paths):
+    if not with_paths or not all(path and isinstance(spec, jax.P) and _is_known(spec) for path, spec in with_paths):
       raise ValueError(
         "track_spectral_edge: axis_name must be None, the name of a mesh axis, a tuple of names or the tree of the "
-        f"parameters' PartitionSpecs, got {axis_name!r}."
+        f"parameters' PartitionSpecs (of names and None), got {axis_name!r}."
       )
     self._specs = dict(zip(normalised_paths([path for path, _ in with_paths]), (s for _, s in with_paths), strict=True))
     axes = (name for spec in self._specs.values() for names in normalised(spec, len(spec)) for name in names)
@@ -157,6 +164,12 @@ class Blocks:
         f"track_spectral_edge: axis_name has no PartitionSpec for leaf {missing[0]!r}; its leaves are "
         f"{sorted(specs)[:4]}…, give the tree of the parameters' PartitionSpecs."
       )
+    for path, shape in shapes.items():
+      if len(specs[path]) > len(shape):
+        raise ValueError(
+          f"track_spectral_edge: axis_name has {specs[path]} for leaf {path!r} of shape {shape}; give the mesh axes of "
+          "no more dimensions than there are."
+        )
     return {path: normalised(specs[path], len(shape)) for path, shape in shapes.items()}
 
   def specs_at_init(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Spec] | None:

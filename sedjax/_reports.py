@@ -55,14 +55,16 @@ def _group_index(state: TrackerState, group: Hashable | None) -> Any:
 def _place_of(state: TrackerState, group: Hashable | None) -> int | jax.Array:
   if group is None:
     return 0
-  traced = isinstance(state.labels, Tracer)
-  labels = state.labels if traced else jax.device_get(state.labels)
-  labels = labels.reshape(-1, *labels.shape[-2:])[0, 1:]
-  wanted = encode_label(group)
-  if traced and labels.shape[0]:
-    same = jnp.all(labels == wanted, -1)
-    return jnp.where(jnp.any(same), 1 + jnp.argmax(same), -1)
-  known = [] if traced else [tuple(words) for words in labels]
+  traced, wanted = isinstance(state.labels, Tracer), encode_label(group)
+  if traced and state.labels.shape[-2] > 1:
+    same = jnp.all(state.labels == wanted, -1)
+    same = jnp.any(same, tuple(range(same.ndim - 1)))  # seeds, which agree, may lie on several devices
+    same &= np.arange(same.size) > 0
+    return jnp.where(jnp.any(same), jnp.argmax(same), -1)
+  known = []
+  if not traced:
+    labels = jax.device_get(state.labels)
+    known = [tuple(words) for words in labels.reshape(-1, *labels.shape[-2:])[0, 1:]]
   if tuple(wanted) not in known:
     names = ", ".join(repr(decode_label(words)) for words in known) or "none, since the tracker has no `groups`"
     raise ValueError(f"sedjax: there is no group {group!r}; groups: {names}.")

@@ -29,11 +29,12 @@ Groups = Mapping[str, str | None] | Callable[[str], Hashable | None]
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _REST = "rest"
 _STATISTICS = "running statistics"
+_SPECTRAL = "a vector of spectral normalization"
 # By what follows in a path: why a tensor is a buffer.
 _BUFFERS = {
   r"(running|moving)_(mean|var|variance)$|num_batches_tracked$|(^|/)batch_stats/": _STATISTICS,
   r"(^|/)(_?(ema_)?cluster_size|_?ema_w|embed_avg)$": _STATISTICS,  # of quantized codebooks
-  r"(^|/)weight_u$": "a vector of spectral normalization",
+  r"(^|/)weight_u$|(^|/)parametrizations/[^/]+/\d+/_[uv]$": _SPECTRAL,
   r"inv_freq$|(cos|sin)_cached$|freqs_(cis|cos|sin)$|(rope|rotary)[^/]*/(cos|sin|freqs|cache)$": "a rotary table",
   r"(attn|attention)/(masked_bias|mask)$|(^|/)(causal|attn|attention)_mask$|(^|/)tril$": "a causal mask",
 }
@@ -149,6 +150,8 @@ def _why_not(path: str, infos: Mapping[str, TensorInfo]) -> str:
     return "a causal mask"
   if _is_statistic(path, infos):
     return _STATISTICS
+  if path.endswith("weight_v") and f"{path[:-1]}u" in infos:  # alone it is a parameter, of weight normalization
+    return _SPECTRAL
   return next((why for pattern, why in _BUFFERS.items() if re.search(pattern, path)), "")
 
 
@@ -211,7 +214,8 @@ class Reading:
       if info.shape != leaf.info.shape:
         raise error_at(self.entry, name, f"its shape is {info.shape}, in the first checkpoint it is {leaf.info.shape}")
       if info.dtype != leaf.info.dtype:
-        raise error_at(self.entry, name, f"its dtype is {info.dtype}, in the first checkpoint it is {leaf.info.dtype}")
+        now = f"its dtype is {info.dtype}" if info.dtype is not None else info.why_not
+        raise error_at(self.entry, name, f"{now}, in the first checkpoint its dtype is {leaf.info.dtype}")
     known = selection.left_out.keys() | selection.tree.keys()
     usual = known - selection.no_parameters
     for path in self.infos:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sedjax._files import locked, replacing
+from sedjax._files import UNFINISHED, locked, replacing
 from sedjax._readers import files_of
 from sedjax._record_files import journal_of, open_file
 from sedjax._selection import Selection
@@ -146,7 +146,7 @@ def _folder_of(out: Path) -> pathlib.Path:
 
 def _own_names() -> tuple[str, ...]:
   """Of the files in that folder."""
-  return _STATE, f"{_STATE}.new", _REPORTS
+  return _STATE, f"{_STATE}{UNFINISHED}", _REPORTS
 
 
 def check_place(out: Path) -> None:

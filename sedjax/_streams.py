@@ -16,7 +16,7 @@ import numpy as np
 
 from sedjax import core
 from sedjax._ahead import Buffers, Progress, in_order
-from sedjax._compile import COMPILERS, REPORT_OPTIONS, known, lowered_init, with_any_groups
+from sedjax._compile import REPORT_OPTIONS, as_usual, compiling, known, lowered_init, with_any_groups
 from sedjax._leaves import Part, Sketcher
 from sedjax._push import push_row
 from sedjax._rows import most_dims
@@ -79,7 +79,7 @@ class _Tracker:
 
   def __init__(self, selection: Selection):
     self._most = most_dims(selection.sizes).astype(np.float32)
-    self._made = COMPILERS.submit(_Programs.made, selection)
+    self._made = compiling(_Programs.made, selection)
     self._state: Any = None
 
   @property
@@ -232,6 +232,7 @@ def _sketches(
   large, large_before = None, None  # the first tensor with too large numbers, in this checkpoint and the one before
   buffers, spare, opened = Buffers(), Buffers(), collections.deque[Reading]()
 
+  @as_usual
   def sketched(task: _Task) -> _Rows:
     return _sketch(task, sketcher, rows.shape[1], buffers, spare, series[task.i])
 

@@ -17,10 +17,12 @@ def warnings(facts: Facts) -> list[tuple[str, str]]:
   """What asks for caution, as (title, plain text), each only where its cause is there."""
   sums = facts.sums
   notes = []
-  never = (sums.full.sum(0) == 0) & (sums.missing.sum(0) == 0)  # [window, group]
+  never = (sums.full == 0) & (sums.missing == 0)  # [seed, window, group]
   if never.any():
-    notes.append(("Window not full.", f"It never fills for {_places(facts, never)}, so there is no edge to look for: "
-                  "the record is too short, or the group has no updates."))  # fmt: skip
+    some = "" if never.all(0)[never.any(0)].all() else " in some seeds"
+    where = f"{_places(facts, never.any(0))}{some}"
+    notes.append(("Window not full.", f"It never fills for {where}, so there is no edge to look for: the record is too "
+                  "short, or the group has no updates."))  # fmt: skip
   if facts.row_steps is not None and facts.row_steps[1] < facts.window:
     notes.append((
       "Short rows.",
@@ -117,7 +119,7 @@ def _momentum_note(facts: Facts) -> tuple[str, str] | None:
     dims = facts.chosen["effective_dim"].values[:, :, 0, 0] if "effective_dim" in facts.chosen else np.full(
       facts.gap.shape, 2.0 ** grid[-1])  # fmt: skip
     at = np.abs(np.log2(np.maximum(dims, 1))[..., None] - grid).argmin(-1)
-    limit = limits[at, np.maximum(facts.k_star, 1) - 1]
+    limit = limits[at, np.clip(facts.k_star, 1, limits.shape[1]) - 1]
     edges = full & (facts.gap > facts.null)
     doubtful = edges & (facts.gap <= limit)
     if doubtful.sum() > 0.5 * edges.sum() > 0:

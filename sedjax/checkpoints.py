@@ -30,6 +30,7 @@ import jax
 import numpy as np
 
 from sedjax import core
+from sedjax._compile import as_usual
 from sedjax._dataset import needs_io, provenance, to_dataset
 from sedjax._exact import exact_series
 from sedjax._selection import Groups, Selection, group_function, left_out_lines, say_what_is_read, select, taken_lines
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointError", "analyze"]
 
 
+@as_usual
 def analyze(
   files: Path | Iterable[Path],
   *,

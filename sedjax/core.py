@@ -56,6 +56,10 @@ _NOT_SHARDED = (
   "track_spectral_edge: the exact rows in the state are not sharded as the parameters are; make the state with "
   "tx.init(params) of parameters that are sharded as in update, or give jax.shard_map the spec P(None, *spec) for each."
 )
+_OTHER_MESH = (
+  "track_spectral_edge: the state lies on the mesh {}, what is observed on {}; put the state on the other mesh by "
+  "jax.device_put, or make it by tx.init of parameters that lie there."
+)
 _INT_MAX = np.iinfo(np.int32).max
 
 
@@ -219,7 +223,9 @@ def observe(
   from_params = config.source == "params"
   tree = params if from_params else updates
   layout = layout_of(tree, config.groups, specs)
-  state = _placement.on_mesh(state, _placement.explicit_mesh(layout.leaves))
+  mesh = _placement.explicit_mesh(layout.leaves)
+  _check_mesh(layout, state, mesh)
+  state = _placement.on_mesh(state, mesh)
   state = _check_state(config, layout, tree, state)
   leaves = tuple(leaf if group is not None else None for leaf, group in zip(layout.leaves, layout.group, strict=True))
   if from_params:
@@ -228,15 +234,26 @@ def observe(
   return observe_updates(config, layout, leaves, state, step)
 
 
+def _check_mesh(layout: Layout, state: TrackerState, mesh: Any) -> None:
+  """Refuses a state over explicit axes of another mesh than the leaves'."""
+  of_leaves = None if mesh is None else getattr(mesh, "abstract_mesh", mesh)
+  of_state = _placement.explicit_mesh(jax.tree.leaves(state))
+  of_state = None if of_state is None else getattr(of_state, "abstract_mesh", of_state)
+  if of_state is not None and layout.leaves and of_state != of_leaves:
+    other = "no mesh of explicit axes" if of_leaves is None else dict(of_leaves.shape)
+    raise ValueError(_OTHER_MESH.format(dict(of_state.shape), other))
+
+
 def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState) -> TrackerState:
   """Refuses a state that another sketch, tree or configuration made; flags what cannot be known while tracing."""
   expected, traced = np.asarray(_map_id(config, layout), np.int32), isinstance(state.counters, Tracer)
   if not traced:
     # In NumPy, since inside jit what is made of a state that was not traced is traced.
     found = map_id_of(state._replace(counters=np.asarray(state.counters)))  # pyright: ignore[reportArgumentType]
-    if found[4] != expected[4]:
+    alone = found.ndim == 1  # those of seeds fail below
+    if alone and found[4] != expected[4]:
       raise ValueError(TREE_CHANGED)
-    if np.any(found != expected):
+    if alone and np.any(found != expected):
       raise ValueError(
         "track_spectral_edge: the state's rows were made with sketch (kind, version, seed, dim) = "
         f"{tuple(map(int, found[:4]))}, this tracker's sketch is {tuple(map(int, expected[:4]))}; build the tracker "

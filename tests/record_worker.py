@@ -22,6 +22,7 @@ import h5netcdf  # noqa: F401 - imported before the forks
 import numpy as np
 
 from sedjax import Report, _netcdf  # noqa: F401
+from sedjax._files import UNFINISHED
 from sedjax.record import FIELDS, Recorder, open_record
 
 warnings.filterwarnings("ignore", "os.fork")
@@ -88,7 +89,7 @@ def main(folder, kills, seed):
   counts, conversion = collections.Counter(), 0.3
   for kill in range(kills):
     path = pathlib.Path(folder) / f"run{kill // KILLS_A_RECORD}.nc"
-    partial, journal = (path.with_name(path.name + end) for end in (".partial", ".journal"))
+    partial, journal = (path.with_name(path.name + end) for end in (UNFINISHED, ".journal"))
     if kill % KILLS_A_RECORD == 0:
       rows, reported = 0, set()  # steps of which row and loss were flushed
     first = max(0, rows - rng.choice([0, 0, 0, 1, 5]))

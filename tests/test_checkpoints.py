@@ -188,6 +188,45 @@ def test_agrees_with_a_live_tracker_of_another_sketch(files, series, sketch):
   assert_same(found, live(series, window=(3, 5), sketch=sketch), rtol=3e-3 if gaussian else 1e-5)
 
 
+def test_settings_of_jax_change_nothing(files, record):
+  with (
+    jax.numpy_dtype_promotion("strict"),
+    jax.numpy_rank_promotion("raise"),
+    jax.transfer_guard("disallow"),
+    jax.debug_nans(True),
+    jax.disable_jit(),
+  ):
+    assert_same(checkpoints.analyze(files, window=(3, 5), groups=GROUPS), record)
+
+
+def test_an_extra_that_is_missing_is_named_before_anything_is_read(files, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "xarray", None)
+  assert main(["analyze", files, "-o", "run.nc"]) == 1
+  assert capsys.readouterr().err == "sedjax.record needs xarray and h5netcdf: pip install 'sedjax[io]'.\n"
+
+
+def test_npz_files_are_read_on_without_a_seek(files, record, monkeypatch):
+  """After which newer zipfile modules compare no checksum."""
+
+  def forgetful(*_):
+    raise AssertionError
+
+  monkeypatch.setattr("zipfile.ZipExtFile.seek", forgetful)
+  assert_same(checkpoints.analyze(files, window=(3, 5), groups=GROUPS), record)
+
+
+def test_files_beside_the_record_are_the_users(tmp_path, files):
+  out = tmp_path / "run.nc"
+  others = [tmp_path / f"run.nc{end}" for end in (".new", ".partial", ".old", "~")]
+  for other in others:
+    other.write_text("mine")
+  checkpoints.analyze(files, window=3, out=out)
+  with Recorder(out) as recorder:
+    recorder.log(3, loss=0.5)
+  assert [other.read_text() for other in others] == ["mine"] * len(others)
+  assert set(tmp_path.iterdir()) == {out, *others}
+
+
 @pytest.mark.parametrize("sketch", [None, sedjax.sketch.exact()], ids=["count", "exact"])
 def test_small_groups_of_equal_sizes_agree_with_a_live_tracker(tmp_path, sketch):
   """Signs seem to be three times as many as they are; both know how many there are."""
@@ -324,12 +363,21 @@ def test_torch_files_that_are_called_archives(tmp_path, series, record):
 
 def test_statistics_of_codebooks(tmp_path, series):
   """Counters that move far more than parameters do."""
-  names = ("vq._ema_cluster_size", "vq.cluster_size", "vq.embed_avg", "vq._ema_w", "conv.weight_u")
+  names = (
+    *("vq._ema_cluster_size", "vq.cluster_size", "vq.embed_avg", "vq._ema_w", "conv.weight_u", "conv.weight_v"),
+    *(f"fc.parametrizations.weight.0.{vector}" for vector in ("_u", "_v")),
+  )
   beside = [{**params, **{name: np.full(4, 1e3 * i, np.float32) for name in names}} for i, params in enumerate(series)]
   found = checkpoints.analyze(write(tmp_path / "a", beside), window=3)
   assert_same(found, checkpoints.analyze(write(tmp_path / "b", series), window=3))
   left_out = found.attrs["parameters_left_out"].splitlines()
-  assert [line.partition(":")[0] for line in left_out] == [f"{name.replace('.', '/')} [4]" for name in names]
+  assert {line.partition(":")[0] for line in left_out} == {f"{name.replace('.', '/')} [4]" for name in names}
+
+
+def test_vectors_of_weight_normalization_are_parameters(tmp_path, series):
+  beside = [{**params, "fc.weight_v": np.ones((4, 5), np.float32), "fc.weight_g": np.ones(4)} for params in series]
+  taken = checkpoints.analyze(write(tmp_path / "a", beside), window=3).attrs["parameters_taken"]
+  assert {"fc/weight_v [4, 5]", "fc/weight_g [4]"} <= set(taken.splitlines())
 
 
 def test_dotted_keys_of_a_live_tracker(tmp_path):

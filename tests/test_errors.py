@@ -239,3 +239,12 @@ def test_explain_refuses_what_is_no_status(status):
 def test_leaves_of_more_indices_than_are_told_apart(shape):
   with pytest.raises(ValueError, match=r"leaf 'w' has .* split the leaf"):
     jax.eval_shape(functools.partial(sedjax.sketch.count(64).apply, "w"), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def test_the_state_of_several_seeds_given_to_one():
+  tx = track(**MADE)
+  for seeds in (2, 5):
+    state = jax.vmap(lambda _: tx.init(PARAMS))(jnp.arange(seeds))
+    for update in (tx.update, jax.jit(tx.update)):
+      with pytest.raises(ValueError, match="the state was made by a tracker of other arguments"):
+        update(PARAMS, state)

@@ -128,6 +128,15 @@ def test_a_warning_where_its_cause_is_and_no_other(made, title, change):
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_window_that_never_fills_in_one_seed(made):
+  here = (made.seed == 8) & (made.group == "all")
+  phase = xr.where(here, 0, made.phase).transpose(*made.phase.dims)
+  some = made.assign(phase=phase, k_star=made.k_star.where(~here, 0))
+  assert "Window not full." in warnings_of(_page.make_page(some))
+  assert "in some seeds, so there is no edge to look for" in words(_page.make_page(some))
+
+
+@pytest.mark.usefixtures("quick")
 def test_rows_of_unequal_length_are_not_said_to_be_alike(made):
   """Such as those of checkpoints at steps 1, 2, 4, ..., of which the record's `every` is but one."""
   row_steps = xr.where(made.step > 2000, 512, 1).broadcast_like(made.status).transpose(*made.status.dims)

@@ -6,6 +6,7 @@ one all-reduce adds the sketches up; over automatic axes XLA's partitioner decid
 
 import contextlib
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -353,6 +354,36 @@ def test_vmapped_seeds_over_an_explicit_axis(options):
   assert_same(found, expected)
 
 
+def test_reports_by_name_inside_jit_of_seeds_over_an_explicit_axis():
+  tx = sedjax.track_spectral_edge((3, 4), sketch=SKETCHES["count"], groups=lambda path: path, history=2)
+  params = {name: np.ones((8, 4, 6), np.float32) for name in ("up", "down")}
+  mesh = jax.make_mesh((8,), ("seed",), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(params, jax.NamedSharding(mesh, P("seed")))
+    state = jax.jit(jax.vmap(lambda u, s: tx.update(u, s)[1]))(placed, jax.vmap(tx.init)(placed))
+    for read in (sedjax.get_report, sedjax.get_history):
+      for group in ("up", "down", None):
+        pick = functools.partial(read, group=group, window=3)
+        for inside, outside in zip(jax.device_get(jax.jit(pick)(state)), jax.device_get(pick(state)), strict=True):
+          np.testing.assert_array_equal(inside, outside)
+    assert jax.jit(lambda s: sedjax.get_report(s, group="side"))(state).status.tolist() == [256] * 8
+
+
+@pytest.mark.parametrize("sketch", SKETCHES)
+@pytest.mark.parametrize("vmapped", [False, True])
+def test_eigenproblems_of_several_devices_are_solved_one_by_one(sketch, vmapped):
+  """jaxlib's solver of several at once may wait forever where several devices run it (0.10.2)."""
+  tx = sedjax.track_spectral_edge(4, sketch=SKETCHES[sketch], groups=lambda path: path, momentum=0.9)
+  mesh, lead = mesh_of(AxisType.Auto), (None,) if vmapped else ()
+  step = {name: np.ones((*(2,) * vmapped, *SHAPES[name]), np.float32) for name in ("up", "down")}
+  placed = place(step, {name: P(*lead, "x") for name in step}, mesh)
+  over = jax.vmap if vmapped else lambda function: function
+  update = jax.jit(over(lambda u, s: tx.update(u, s)[1]))
+  text = update.lower(placed, over(tx.init)(placed)).compile().as_text()
+  found = re.findall(r"= \((f32\[[\d,]+\]).*\) custom-call\(.*syevd", text)
+  assert set(found) == {"f32[4,4]"}
+
+
 @pytest.mark.parametrize("sketch", ["count", pytest.param("exact", marks=pytest.mark.slow)])
 def test_vmapped_seeds_over_an_explicit_axis_of_models_split_over_another(sketch):
   tx = sedjax.track_spectral_edge(3, sketch=SKETCHES[sketch])
@@ -509,7 +540,7 @@ def test_axis_name_outside_of_shard_map(jit):
     (jax.jit(tx.update) if jit else tx.update)(STEPS[0], state)
 
 
-@pytest.mark.parametrize("axis_name", [3, (), ("x", 3), {}, {"w": "x"}])
+@pytest.mark.parametrize("axis_name", [3, (), ("x", 3), {}, {"w": "x"}, {"w": P(P.UNCONSTRAINED)}])
 def test_bad_axis_name(axis_name):
   with pytest.raises(ValueError, match="axis_name must be None, the name of a mesh axis"):
     tracker(SKETCHES["count"], axis_name=axis_name)
@@ -614,3 +645,29 @@ def test_resharding_between_steps_changes_no_number():
 
 def test_normalised_specs():
   assert _placement.normalised(P("x", None, ("y", "z")), 4) == (("x",), (), ("y", "z"), ())
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_state_on_another_mesh(jit):
+  tx, step = tracker(SKETCHES["count"]), {"w": np.ones((16, 8), np.float32)}
+
+  def on(shape, kind):
+    mesh = jax.make_mesh(shape, ("x", "y"), axis_types=(kind,) * 2)
+    return {"w": jax.device_put(step["w"], jax.NamedSharding(mesh, P("x")))}
+
+  state = tx.init(on((4, 2), AxisType.Explicit))
+  update = jax.jit(tx.update) if jit else tx.update
+  for updates, where in (
+    (on((2, 4), AxisType.Explicit), r"\{'x': 2, 'y': 4\}"),
+    (on((4, 2), AxisType.Auto), "no mesh of explicit axes"),
+  ):
+    with pytest.raises(
+      ValueError, match=r"the state lies on the mesh \{'x': 4, 'y': 2\}, what is observed on " + where
+    ):
+      update(updates, state)
+
+
+def test_a_spec_of_more_dimensions_than_the_leaf_has():
+  tx = tracker(SKETCHES["count"], axis_name={**REPLICATED, "up": P("x", None, None)})
+  with pytest.raises(ValueError, match=r"axis_name has .* for leaf 'up' of shape \(24, 384\); give the mesh axes"):
+    in_shard_map(tx, LAYOUTS["leading"])
