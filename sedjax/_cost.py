@@ -86,7 +86,10 @@ class Cost:
     moved = ", ".join(f"{len(n)} {kind} of {max(n)} numbers at most" for kind, n in kinds.items()) or "none"
     kept = "The promise holds: nothing large is moved or kept"
     # Other compilers count what goes through caches too, which is no measure of how often memory is read.
-    kept += ", and the updates are read about once." if self.platform == "tpu" else "; to know the time, measure it."
+    if self.platform == "tpu":
+      kept += ", and the updates are read about once" + (", beside sums of them." if self.collectives else ".")
+    else:
+      kept += "; to know the time, measure it."
     lines = [
       f"On each {self.platform} device, one update of {self.update_bytes / _MIB:.1f} MiB:",
       "  bytes accessed: this compiler does not tell"

@@ -23,9 +23,8 @@ Spec = tuple[tuple[str, ...], ...]  # by dimension, the mesh axes over which it 
 
 def normalised(spec: Any, ndim: int) -> Spec:
   """A `PartitionSpec` with a tuple of names for each of `ndim` dimensions."""
-  # By index, since specs that are reduced over an axis besides refuse to be iterated over.
-  entries = [spec[i] for i in range(len(spec))]
-  entries = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in entries]
+  partitions = getattr(spec, "partitions", spec)  # as newer JAX wants it, of specs that are (un)reduced besides
+  entries = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in partitions]
   return tuple(entries + [()] * (ndim - len(entries)))
 
 
@@ -50,6 +49,12 @@ def explicit_spec(leaf: Any) -> tuple[Spec, Any]:
   if not any(_explicit_axes(mesh).intersection(names) for names in spec):
     return (), None
   return spec, mesh
+
+
+def reduced_axes(leaf: Any) -> set[str]:
+  """The mesh axes over which an array's type says that it is reduced, or is yet to be."""
+  spec = getattr(getattr(jax.typeof(leaf), "sharding", None), "spec", None)
+  return {*getattr(spec, "reduced", ()), *getattr(spec, "unreduced", ())}
 
 
 def explicit_mesh(leaves: Sequence[Any]) -> Any:

@@ -223,6 +223,12 @@ def observe(
   from_params = config.source == "params"
   tree = params if from_params else updates
   layout = layout_of(tree, config.groups, specs)
+  for path, leaf, group in zip(layout.paths, layout.leaves, layout.group, strict=True):
+    if group is not None and _placement.reduced_axes(leaf):
+      raise ValueError(
+        f"track_spectral_edge: the type of leaf {path!r} is {jax.typeof(leaf)}, reduced or unreduced over a mesh axis, "
+        "which cannot be observed; give it the sharding of a PartitionSpec without these by jax.sharding.reshard."
+      )
   mesh = _placement.explicit_mesh(layout.leaves)
   _check_mesh(layout, state, mesh)
   state = _placement.on_mesh(state, mesh)

@@ -671,3 +671,16 @@ def test_a_spec_of_more_dimensions_than_the_leaf_has():
   tx = tracker(SKETCHES["count"], axis_name={**REPLICATED, "up": P("x", None, None)})
   with pytest.raises(ValueError, match=r"axis_name has .* for leaf 'up' of shape \(24, 384\); give the mesh axes"):
     in_shard_map(tx, LAYOUTS["leading"])
+
+
+@pytest.mark.skipif(not hasattr(P("x"), "partitions"), reason="this JAX has no reduced types")
+@pytest.mark.parametrize("kind", ["reduced", "unreduced"])
+def test_reduced_and_unreduced_leaves(kind):
+  tx, mesh = tracker(SKETCHES["count"]), mesh_of(AxisType.Explicit)
+  with jax.set_mesh(mesh):
+    plain = {"w": jax.device_put(np.ones((16, 8), np.float32), jax.NamedSharding(mesh, P("x")))}
+    typed = {"w": jax.jit(lambda w: jax.sharding.reshard(w, P("x", **{kind: {"y"}})))(plain["w"])}
+    state = tx.init(typed)  # parameters may be
+    with pytest.raises(ValueError, match=r"the type of leaf 'w' is .* reduced or unreduced over a mesh axis, which"):
+      tx.update(typed, state)
+    assert int(sedjax.get_report(jax.jit(tx.update)(plain, state)[1]).count) == 1
