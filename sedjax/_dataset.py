@@ -113,9 +113,9 @@ def to_dataset(
     variables[name] = (dims, values, attributes(name))
   coords = {
     "step": ("step", at, {"long_name": "optimizer step", "units": "steps"}),
-    "seed": ("seed", np.asarray(seeds)),
+    "seed": ("seed", np.asarray(seeds), {"long_name": "seed"}),
     "window": ("window", np.asarray(windows, np.int64), {"long_name": "window", "units": "rows"}),
-    "group": ("group", np.asarray([storable(name) for name in groups], object)),
+    "group": ("group", np.asarray([storable(name) for name in groups], object), {"long_name": "group of parameters"}),
     "index": ("index", index, {"long_name": "place k in the spectrum", "units": "1"}),
   }
   attrs = {name: storable(value) for name, value in (attrs or {}).items()}

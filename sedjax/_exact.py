@@ -122,17 +122,18 @@ def exact_series(
   with contextlib.ExitStack() as stack:
     files = stack.enter_context(contextlib.closing(_OpenFiles(series, selection)))
 
-    def read_chunk(chunk: tuple[Leaf, int, int, int]) -> tuple[tuple[Leaf, int, int, int], np.ndarray]:
+    def read_chunk(chunk: tuple[Leaf, int, int, int]) -> tuple[tuple[Leaf, int, int, int], np.ndarray, str]:
       leaf, first, count, i = chunk
-      memory = buffers.take(count * leaf.dtype.itemsize)
-      files[i].read(leaf.path, first, memory[: count * leaf.dtype.itemsize].view(leaf.dtype))
-      return chunk, memory
+      memory, reading = buffers.take(count * leaf.dtype.itemsize), files[i]
+      reading.read(leaf.path, first, memory[: count * leaf.dtype.itemsize].view(leaf.dtype))
+      return chunk, memory, reading.names[leaf.path]
 
     bar = stack.enter_context(Progress(progress, selection.bytes * len(series), read))
-    for (leaf, first, count, i), memory in stack.enter_context(contextlib.closing(in_order(read_chunk, chunks, 1, 2))):
+    read_ahead = stack.enter_context(contextlib.closing(in_order(read_chunk, chunks, 1, 2)))
+    for (leaf, first, count, i), memory, name in read_ahead:
       last, array = i == rows, memory[: count * leaf.dtype.itemsize].view(leaf.dtype)
       if not band.add(i, array, last):
-        raise error_at(series[i], leaf.path, "it holds NaN or infinite numbers")
+        raise error_at(series[i], name, "it holds NaN or infinite numbers")
       bar.add(array.nbytes, leaf.path)
       buffers.give_back(memory)
       if last and first + count == leaf.info.size:

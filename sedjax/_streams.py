@@ -201,9 +201,10 @@ def _sketch(task: _Task, sketcher: Sketcher, dim: int, buffers: Buffers, spare: 
   if len(task.pieces) > 1:  # one by one, to know which it was
     each = [_sketch(task._replace(pieces=[piece]), sketcher, dim, buffers, Buffers(), entry) for piece in task.pieces]
     return _Rows(task, rows, next((one.large for one in each if one.large is not None), None))
+  name = task.reading.names[task.pieces[0].leaf.path]
   if not np.isfinite(greatest):
-    raise error_at(entry, task.pieces[0].leaf.path, "it holds NaN or infinite numbers")
-  return _Rows(task, rows, task.pieces[0].leaf.path)
+    raise error_at(entry, name, "it holds NaN or infinite numbers")
+  return _Rows(task, rows, name)
 
 
 class _Sketched(NamedTuple):

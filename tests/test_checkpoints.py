@@ -1596,3 +1596,12 @@ def test_reports_that_another_process_took_away_are_not_made_up(tmp_path):
   store.remove()
   with pytest.raises(checkpoints.CheckpointError, match="was emptied"):
     store.save({"a": np.ones(3)}, [b"report"], 2)
+
+
+@pytest.mark.parametrize("sketch", [None, sedjax.sketch.exact()], ids=["count", "exact"])
+def test_errors_name_tensors_as_their_file_does(tmp_path, sketch):
+  series = walk()
+  series[4] = {**series[4], "block_0/attn/kernel": series[4]["block_0/attn/kernel"] * np.nan}
+  files = write(tmp_path / "a", series, *FORMATS["safetensors"])
+  with pytest.raises(checkpoints.CheckpointError, match=r"\(step 20\), tensor 'block_0\.attn\.kernel': it holds NaN"):
+    checkpoints.analyze(files, window=3, sketch=sketch, rename={"block": "layer"})
