@@ -97,8 +97,11 @@ class _Joined(BackendArray):
         try:
           values = self.stored[(steps, *slices)]
         except OSError as error:  # of HDF5, without a name
-          file = self.stored.file.filename
-          raise ValueError(f"sedjax.record: {self.name} cannot be read from {file}, it is damaged: {error}.") from error
+          why = " ".join(str(error).split())
+          raise ValueError(
+            f"sedjax.record: {self.name} cannot be read from {self.stored.file.filename}, which is damaged ({why}); "
+            "restore it, or make the record anew."
+          ) from error
         found[here] = values[np.ix_(places, *inside)]
       here = np.flatnonzero((block == number) & (at >= self.keep))
       if len(here):

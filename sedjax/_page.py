@@ -96,11 +96,7 @@ def make_page(source: xr.Dataset, *, name: str = "record", window: int | None = 
   for what, label, labels in (("window", window, windows), ("group", group, groups)):
     if label not in labels:
       raise ValueError(f"sedjax report: the record has no {what} {label!r}; it has {', '.join(map(str, labels))}.")
-  try:
-    facts = Facts(source, name, window, group)
-  except OSError as error:  # which HDF5 raises without a name of the file
-    why = " ".join(str(error).split())
-    raise ValueError(f"sedjax report: {name} is damaged ({why}); restore it, or make the record anew.") from error
+  facts = Facts(source, name, window, group)
   return _text(facts)
 
 

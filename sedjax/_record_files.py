@@ -114,7 +114,7 @@ def open_record(path: str | Path) -> xr.Dataset:
   Raises:
     FileNotFoundError: there is no such file.
     ValueError: the file is no record, is damaged, or was written by a newer version. Also when a field is read that is
-      damaged in the beginning of a journal longer than 256 MiB, of which opening does not read all.
+      damaged in the file, or in the beginning of a journal longer than 256 MiB, which opening does not read as a whole.
 
   Warns:
     RuntimeWarning: parts of the journal are damaged; what they recorded is left out.

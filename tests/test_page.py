@@ -18,7 +18,7 @@ import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 
-from sedjax import _journal, _netcdf, _page, _sections, _summary, plot
+from sedjax import _journal, _netcdf, _page, _sections, _summary, plot, record
 from sedjax.__main__ import main
 from sedjax._html import escape, number
 from sedjax._types import Status
@@ -348,8 +348,10 @@ def test_a_damaged_record_is_named(tmp_path, capsys):
     file.write(b"\0" * chunk.size)
   assert main(["report", str(path), "-o", str(tmp_path / "report.html")]) == 1
   err = capsys.readouterr().err
-  assert err.startswith("sedjax report: run.nc is damaged (")
+  assert re.match(r"sedjax\.record: pc1_fraction cannot be read from .*run\.nc, which is damaged \(", err)
   assert err.count("\n") == 1
+  with record.open_record(path) as found, pytest.raises(ValueError, match=r"pc1_fraction cannot be read"):
+    found.pc1_fraction.load()
   assert os.listdir(tmp_path) == ["run.nc"]
 
 
