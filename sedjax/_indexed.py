@@ -132,7 +132,9 @@ def _folding_rule(piece: Piece, plan: Plan, dim: int, part: Any) -> Callable[...
       start = _placement.block_start(x.shape, spec)
       for axis, (first, size) in enumerate(zip(start, piece.shape, strict=True)):
         if x.shape[axis] * math.prod(mesh.shape[name] for name in spec[axis]) > size:  # the last block is padded
-          x = jnp.where(lax.broadcasted_iota(jnp.uint32, x.shape, axis) < np.uint32(size) - first, x, 0)
+          size = np.uint32(size)
+          kept = jnp.where(first < size, size - first, 0)  # of a block that begins beyond the leaf, nothing
+          x = jnp.where(lax.broadcasted_iota(jnp.uint32, x.shape, axis) < kept, x, 0)
       return _placement.psum(folded(x, grid, start), [name for names in spec for name in names])
 
     everywhere = jax.NamedSharding(mesh, jax.P())

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sedjax import _placement
 from sedjax._count import (
   HASH_ROWS,
   SIGN,
@@ -262,6 +263,7 @@ def strided_rows(
   # Where XLA knew the place it would write a new row, instead of a part of the old one.
   places = jnp.asarray([term.place for term in terms], jnp.int32) + zero.astype(jnp.int32)
   rows = [jnp.zeros((2 * dim,), sum_dtype(part)) for _ in range(labels)]  # whatever is added lies in one piece
+  rows = _placement.on_mesh(rows, _placement.explicit_mesh([piece.array for piece in pieces]))  # of one device
   wait: Any = np.uint32(0)
   first = 0
   for wave in _waves(terms, gpu):

@@ -57,8 +57,8 @@ _NOT_SHARDED = (
   "tx.init(params) of parameters that are sharded as in update, or give jax.shard_map the spec P(None, *spec) for each."
 )
 _OTHER_MESH = (
-  "track_spectral_edge: the state lies on the mesh {}, what is observed on {}; put the state on the other mesh by "
-  "jax.device_put, or make it by tx.init of parameters that lie there."
+  "track_spectral_edge: the state lies on the explicit mesh {}, what is observed on {}; put the state on the "
+  "other mesh by jax.device_put, or make it by tx.init of parameters that lie there."
 )
 _INT_MAX = np.iinfo(np.int32).max
 
@@ -229,9 +229,8 @@ def observe(
         f"track_spectral_edge: the type of leaf {path!r} is {jax.typeof(leaf)}, reduced or unreduced over a mesh axis, "
         "which cannot be observed; give it the sharding of a PartitionSpec without these by jax.sharding.reshard."
       )
-  mesh = _placement.explicit_mesh(layout.leaves)
-  _check_mesh(layout, state, mesh)
-  state = _placement.on_mesh(state, mesh)
+  _check_mesh(layout, state)
+  state = _placement.on_mesh(state, _placement.explicit_mesh(layout.leaves))
   state = _check_state(config, layout, tree, state)
   leaves = tuple(leaf if group is not None else None for leaf, group in zip(layout.leaves, layout.group, strict=True))
   if from_params:
@@ -240,14 +239,17 @@ def observe(
   return observe_updates(config, layout, leaves, state, step)
 
 
-def _check_mesh(layout: Layout, state: TrackerState, mesh: Any) -> None:
-  """Refuses a state over explicit axes of another mesh than the leaves'."""
-  of_leaves = None if mesh is None else getattr(mesh, "abstract_mesh", mesh)
+def _check_mesh(layout: Layout, state: TrackerState) -> None:
+  """Refuses a state over explicit axes of another mesh than the leaves'; what is on no mesh fits to all."""
   of_state = _placement.explicit_mesh(jax.tree.leaves(state))
-  of_state = None if of_state is None else getattr(of_state, "abstract_mesh", of_state)
-  if of_state is not None and layout.leaves and of_state != of_leaves:
-    other = "no mesh of explicit axes" if of_leaves is None else dict(of_leaves.shape)
-    raise ValueError(_OTHER_MESH.format(dict(of_state.shape), other))
+  if of_state is None:
+    return
+  of_state = getattr(of_state, "abstract_mesh", of_state)
+  for mesh in map(_placement.mesh_of, layout.leaves):
+    if not mesh.empty and mesh != of_state:
+      kinds = zip(mesh.shape.items(), mesh.axis_types, strict=True)
+      other = {name: (size, kind.name) for (name, size), kind in kinds}
+      raise ValueError(_OTHER_MESH.format(dict(of_state.shape), other))
 
 
 def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState) -> TrackerState:

@@ -224,6 +224,42 @@ def test_one_dimension_split_over_two_axes(order):
         jax.eval_shape(update, STEPS[0], state)
 
 
+@pytest.mark.parametrize("shape", [(12, 4, 96), (9, 400), (66, 400)], ids=str)
+def test_padding_of_leaves_that_leave_devices_empty(shape):
+  """Blocks that begin beyond a leaf that is split unevenly, where the padding holds other numbers than 0."""
+  split = jax.NamedSharding(jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,)), P("x"))
+  tx, x = tracker(SKETCHES["count"]), np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+  def step(x, state, place):
+    return tx.update({"w": place(jnp.exp(place(x)))}, state)[1].trackers["spectral_edge"].rows
+
+  alone = jax.jit(functools.partial(step, place=lambda x: x))(x, tx.init({"w": x}))
+  place = lambda x: jax.lax.with_sharding_constraint(x, split)  # noqa: E731
+  np.testing.assert_allclose(jax.jit(functools.partial(step, place=place))(x, tx.init({"w": x})), alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"source": "params"}, {"groups": by_name, "every": 2}], ids=str)
+def test_an_explicit_mesh_of_one_device(options):
+  """Which a script for several is run on; with and without its mesh around it."""
+  mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
+  tx = sedjax.track_spectral_edge(3, **options)  # of as many numbers as leaves are added in one place
+  update = jax.jit(lambda u, s: tx.update(u, s, u)[1])
+  for spec in (P(), P("x")):
+    for around in (contextlib.nullcontext, functools.partial(jax.set_mesh, mesh)):
+      alone = tx.init(STEPS[0])
+      with around():
+        steps = [
+          {n: jax.device_put(x, jax.NamedSharding(mesh, spec if x.ndim else P())) for n, x in step.items()}
+          for step in STEPS
+        ]
+        state = tx.init(steps[0])
+        for step in steps:
+          state = update(step, state)
+      for step in STEPS:
+        alone = update(step, alone)
+      assert_same(jax.device_get(sedjax.get_reports(state)), jax.device_get(sedjax.get_reports(alone)))
+
+
 def test_groups_move_a_sketch_each():
   specs, mesh = LAYOUTS["both"], mesh_of(AxisType.Explicit)
   tx = tracker(SKETCHES["count"], groups=by_name)
@@ -658,11 +694,11 @@ def test_a_state_on_another_mesh(jit):
   state = tx.init(on((4, 2), AxisType.Explicit))
   update = jax.jit(tx.update) if jit else tx.update
   for updates, where in (
-    (on((2, 4), AxisType.Explicit), r"\{'x': 2, 'y': 4\}"),
-    (on((4, 2), AxisType.Auto), "no mesh of explicit axes"),
+    (on((2, 4), AxisType.Explicit), r"\{'x': \(2, 'Explicit'\), 'y': \(4, 'Explicit'\)\}"),
+    (on((4, 2), AxisType.Auto), r"\{'x': \(4, 'Auto'\), 'y': \(2, 'Auto'\)\}"),
   ):
     with pytest.raises(
-      ValueError, match=r"the state lies on the mesh \{'x': 4, 'y': 2\}, what is observed on " + where
+      ValueError, match=r"the state lies on the explicit mesh \{'x': 4, 'y': 2\}, what is observed on " + where
     ):
       update(updates, state)
 
