@@ -160,7 +160,25 @@ def last(folder, name):
   return {"restored": run.report(), "history": run.history(), "next": run.step()}
 
 
+def seeds(folder, name):
+  """What is read by a group's name where each device has a seed of its own."""
+  del folder, name
+  tx = sedjax.track_spectral_edge(3, sketch=sedjax.sketch.count(64), groups=lambda path: path, history=2)
+  found = {}
+  for kind in ("Explicit", "Auto"):
+    mesh = jax.make_mesh((DEVICES,), ("seed",), axis_types=(jax.sharding.AxisType[kind],))
+    x = np.random.default_rng(0).normal(size=(DEVICES, 16, 8)).astype(np.float32)
+    with jax.set_mesh(mesh):
+      place = jax.NamedSharding(mesh, jax.P("seed"))
+      params = {name: jax.make_array_from_callback(x.shape, place, lambda i, x=x: x[i]) for name in "ab"}
+      state = jax.jit(jax.vmap(lambda u: tx.update(u, tx.init(u))[1]))(params)
+      read = (sedjax.get_report(state, group="b"), sedjax.get_history(state, group="a"))
+    found[kind] = [np.asarray(each.count.addressable_shards[0].data).tolist() for each in read]
+  return found
+
+
 TASKS = {
+  "seeds": seeds,
   "train": train,
   "resume": resume,
   "endless": endless,
