@@ -40,7 +40,7 @@ def test_one_chip_reads_the_updates_once(compiled):
 
 @pytest.mark.tpu
 @pytest.mark.xdist_group("tpu")
-@pytest.mark.parametrize("shape", [(2048, 5632), (2048, 6144), (1600, 4800), (4096, 3584), (4096, 11008)])
+@pytest.mark.parametrize("shape", [(2048, 5632), (1600, 4800), (4096, 11008)])
 def test_one_chip_reads_leaves_of_any_width_once(compiled, shape):
   """Also those whose rows of buckets go around the sketch."""
   assert 0.97 <= compiled[f"one {shape}"]["reads"] <= 1.05
