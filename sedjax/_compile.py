@@ -22,11 +22,12 @@ REPORT_OPTIONS = {**ROW_OPTIONS, "xla_backend_optimization_level": 0, "xla_llvm_
 
 def as_usual(function: Any) -> Any:
   """The function in a JAX as it is by default, whatever the caller has set, in whichever thread it runs."""
+  promoting = with_promotion(function)
 
   @functools.wraps(function)
   def calling(*args: Any, **kwargs: Any) -> Any:
     with jax.disable_jit(False), jax.transfer_guard("allow"), jax.debug_nans(False), jax.debug_infs(False):
-      return with_promotion(function)(*args, **kwargs)
+      return promoting(*args, **kwargs)
 
   return calling
 

@@ -21,10 +21,14 @@ from sedjax._paths import normalised_paths
 Spec = tuple[tuple[str, ...], ...]  # by dimension, the mesh axes over which it is split
 
 
+def _entries(spec: Any) -> Any:
+  """Those of a `PartitionSpec`, which newer JAX wants to be asked for by name where it is (un)reduced besides."""
+  return getattr(spec, "partitions", spec)
+
+
 def normalised(spec: Any, ndim: int) -> Spec:
   """A `PartitionSpec` with a tuple of names for each of `ndim` dimensions."""
-  partitions = getattr(spec, "partitions", spec)  # as newer JAX wants it, of specs that are (un)reduced besides
-  entries = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in partitions]
+  entries = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in _entries(spec)]
   return tuple(entries + [()] * (ndim - len(entries)))
 
 
@@ -137,7 +141,7 @@ def _split(block: tuple[int, ...], whole: tuple[int, ...], sizes: Mapping[str, i
 
 def _is_known(spec: Any) -> bool:
   """Whether a PartitionSpec says of each dimension how it is split."""
-  return all(spec[i] is not jax.P.UNCONSTRAINED for i in range(len(spec)))
+  return all(entry is not jax.P.UNCONSTRAINED for entry in _entries(spec))
 
 
 class Blocks:

@@ -94,6 +94,7 @@ def write(rows: Any, slot: jax.Array, row: Any, after: TrackerState) -> Any:
 
 
 def choose(condition: jax.Array, new: Any, old: Any) -> Any:
+  """The new tree where the condition holds, else the old one."""
   return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
