@@ -6,7 +6,7 @@ bucket; the g bucket rows lie one after the other from a hashed offset on, folde
 
 *Strided* (in `_strided`), for whole leaves on one CPU or GPU: up to p rows are summed in one elementwise kernel, that
 reads them as strided slices and makes one hash for them; what remains to be added up is a small fraction of the leaf.
-Small leaves are signed and placed as one there (`_small`).
+Small leaves are signed and placed as one there (`_small`), and those of a few long rows on CPU by parts (`_long`).
 *Indexed* (in `_indexed`), for TPU and for leaves or blocks of leaves that are sharded: signs are made from the indices
 of each number, and a contraction with a one-hot matrix adds the rows of a bucket. It never reshapes or slices the leaf,
 so that partitioners need nothing but sums of at most d numbers. (On GPUs, where such a product stores its operands,
@@ -18,14 +18,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
-from sedjax import _placement
 
 SIGN = np.uint32(0x80000000)
 _GOLDEN = np.uint32(0x9E3779B9)
@@ -158,6 +157,15 @@ def sign_bits(keys: Any, columns: Any, shift: Any) -> Any:
   return mix(keys[..., None] ^ columns) << shift[..., None]
 
 
+def sum_rows(rows: Sequence[jax.Array], bits: Any, first: Any, part: int | None, grid: Any) -> jax.Array:
+  """float32[n]: the sum of signed rows [n] that share hashes `bits` [n]; `first`: index of the first, of those 32.
+
+  One after the other: XLA on CPU would store what a reduction over them is given.
+  """
+  signed = [flip(part_of(row, part, grid), bits << sign_shift(np.uint32(first + i))) for i, row in enumerate(rows)]
+  return functools.reduce(jnp.add, signed)
+
+
 def row_signs(hashes: Hashes, start: int, stop: int) -> np.ndarray:
   """int8[stop - start, n], in NumPy: the signs of a real leaf's rows from `start` on."""
   row = np.arange(start, stop, dtype=np.uint32)
@@ -187,10 +195,6 @@ def plan_of(path: str, hashes: Hashes | None, shape: tuple[int, ...], dim: int, 
   return Plan(key, rows, columns, per_bucket, buckets, offset)
 
 
-def _as_uint(x: jax.Array) -> jax.Array:
-  return lax.bitcast_convert_type(x, jnp.uint32)
-
-
 @functools.partial(jax.jit, inline=True)
 def flip(x: jax.Array, bits: Any) -> jax.Array:
   """x with its sign flipped where the highest bit of `bits` (uint32) is set."""
@@ -201,41 +205,6 @@ def flip(x: jax.Array, bits: Any) -> jax.Array:
   mask = bits & SIGN
   mask = (mask >> 16).astype(kind) if size == 2 else mask.astype(kind) << (8 * size - 32)
   return lax.bitcast_convert_type(lax.bitcast_convert_type(x, kind) ^ mask, x.dtype)
-
-
-def zero_of(x: jax.Array) -> jax.Array:
-  """uint32[]: 0, made of x in a way that XLA does not see through; it drops optimization barriers on CPU."""
-  return (_as_uint(x[(0,) * x.ndim]) << 1) & np.uint32(1) if x.size else jnp.uint32(0)
-
-
-def shared_zero_of(x: jax.Array) -> jax.Array:
-  """`zero_of`, and one for all under vmap, where a place of its own for each would make scatters of slices."""
-  return _first_zero_of(lax.stop_gradient(x))
-
-
-_first_zero_of = jax.custom_batching.custom_vmap(zero_of)
-
-
-@_first_zero_of.def_vmap
-def _(axis_size: int, in_batched: Any, x: jax.Array) -> tuple[jax.Array, bool]:
-  del in_batched
-  split, _ = _placement.explicit_spec(x)
-  # Where each lies on another device there is no first that all know; then XLA may see that it is 0.
-  return (_first_zero_of(x[0]) if axis_size and not any(split) else jnp.uint32(0)), False
-
-
-def zero_of_each(x: jax.Array) -> jax.Array:
-  """0; under vmap one of each x, without which XLA stores what is made of indices alone, for all of them to read."""
-  return _zero_of_each(lax.stop_gradient(x))
-
-
-_zero_of_each = jax.custom_batching.custom_vmap(lambda x: jnp.uint32(0))  # noqa: ARG005
-_zero_of_each.def_vmap(lambda axis_size, in_batched, x: (jax.vmap(zero_of)(x), True))  # noqa: ARG005
-
-
-def later_than(x: jax.Array, other: jax.Array) -> jax.Array:
-  """x (float32) unchanged, but on paper dependent on `other` (float32)."""
-  return lax.bitcast_convert_type(_as_uint(x) ^ zero_of(other), jnp.float32)
 
 
 def sum_dtype(part: int | None) -> Any:

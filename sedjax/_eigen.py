@@ -3,6 +3,7 @@
 LAPACK's BLAS wakes a thread for each core from 64 rows on; these spin for a tenth of a second after each call, and take
 half of the speed of two cores from the step that follows. cuSOLVER starts some fifty kernels, and its host waits for
 the device several times in between. `solve` is in plain operations: XLA compiles it on CPU, on GPU it is one kernel.
+It gives one eigenvector; exact rows need all (`_gram`), and have LAPACK find them.
 """
 
 from __future__ import annotations

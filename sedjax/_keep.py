@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 
 from sedjax import _small
-from sedjax._count import shared_zero_of, zero_of
+from sedjax._order import shared_zero_of, zero_of
 from sedjax._primitives import devices_of, lower, maker, makers_before, new_primitive
 
 # An update is applied when so many of the large ones made after it are stored: as many as matrices lie side by side,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 
 _DRAWS = 200
+_AT_ONCE = 2**24  # numbers of draws, of which some arrays are in memory at a time
 # Ratios are compared with the mean of noise plus so many standard deviations, both of the logarithm.
 ENTER, LEAVE = 7.0, 4.5
 # Dimensions at which noise is simulated: the fewest each, then fewer and fewer up to a window's rows; multiples of the
@@ -31,6 +33,14 @@ def row_covariance(rows: int, momentum: float, every: int) -> np.ndarray:
   return by_lag[np.abs(index[:, None] - index[None, :])]
 
 
+def share_of_steps(grid: np.ndarray, dims: Any, xp: Any = np) -> Any:
+  """[..., D - 1]: how much of each step of a grid of log2 dimensions [D] lies below dimensions [...].
+
+  With the differences of what is known at the grid's points, they interpolate linearly between these.
+  """
+  return xp.clip((xp.log2(xp.maximum(dims, 1))[..., None] - grid[:-1]) / np.diff(grid), 0, 1)
+
+
 @functools.lru_cache(maxsize=64)
 def noise_ratios(window: int, momentum: float, every: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Mean and standard deviation of log(σ_k/σ_{k+1}) of noise, seen through each of a grid of dimensions.
@@ -50,14 +60,20 @@ def noise_ratios(window: int, momentum: float, every: int) -> tuple[np.ndarray, 
   dims = np.unique(np.ceil([*few, *_POWERS[_POWERS > few[-1]]]))
   means, deviations = np.full((2, dims.size, window - 1), [[[_NEVER]], [[0]]])
   lower = np.tril(np.ones((window, window)), -1)
-  for i, dim in enumerate(dims):
+
+  def squares(dim: float, draws: int) -> np.ndarray:
     # Bartlett: factor·A·Aᵀ·factorᵀ/dim is the Gram matrix of Gaussian rows seen through `dim` numbers.
     size = min(window, int(dim))
-    a = rng.normal(size=(_DRAWS, window, size)) * lower[:, :size]
-    a[:, np.arange(size), np.arange(size)] = np.sqrt(rng.chisquare(dim - np.arange(size), (_DRAWS, size)))
+    a = rng.normal(size=(draws, window, size)) * lower[:, :size]
+    a[:, np.arange(size), np.arange(size)] = np.sqrt(rng.chisquare(dim - np.arange(size), (draws, size)))
     a = factor @ a
-    squares = np.linalg.eigvalsh(a.swapaxes(1, 2) @ a)[:, ::-1]  # in half of the time of their singular values
-    logs = np.log(squares[:, :-1] / squares[:, 1:]) / 2
+    return np.linalg.eigvalsh(a.swapaxes(1, 2) @ a)[:, ::-1]  # in half of the time of their singular values
+
+  at_once = max(1, _AT_ONCE // window**2)
+  for i, dim in enumerate(dims):
+    parts = [squares(dim, min(at_once, _DRAWS - done)) for done in range(0, _DRAWS, at_once)]
+    found = np.concatenate(parts)
+    logs = np.log(found[:, :-1] / found[:, 1:]) / 2
     known = min(window, math.ceil(dim / _RANK)) - 1
     means[i, :known], deviations[i, :known] = logs.mean(0)[:known], logs.std(0)[:known]
   return np.log2(dims).astype(np.float32), means.astype(np.float32), deviations.astype(np.float32)

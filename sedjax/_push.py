@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedjax._config import Config
-from sedjax._count import later_than
 from sedjax._layout import Layout
+from sedjax._order import later_than
 from sedjax._reports import with_counters
 from sedjax._rows import gram_column, sketch_column
 from sedjax._spectrum import Rows, report_window
@@ -32,7 +32,7 @@ def push(config: Config, layout: Layout, state: Parts, row: Any, steps: Any, los
 def _enter(
   config: Config, state: Parts, gram_column: tuple[Any, Any, Any], steps: Any, lossy: Any = False
 ) -> TrackerState:
-  """As `_push`, of a row's Gram column, scales and dimensions."""
+  """As `push`, of a row's Gram column, scales and dimensions."""
   slot = state.cursor
   facts = state.facts
   column, scale, dims = gram_column

@@ -16,9 +16,10 @@ import numpy as np
 
 from sedjax import _gram, _placement, _small, sketch
 from sedjax._config import Config
-from sedjax._count import Piece, later_than
+from sedjax._count import Piece
 from sedjax._indexed import may_be_split
 from sedjax._layout import Layout
+from sedjax._order import later_than
 
 # Rows of larger numbers are left out as infinite ones are: their norms come near to the largest float32.
 LARGEST = np.float32(2.0**110)

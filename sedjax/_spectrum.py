@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from sedjax import _gram, _null
-from sedjax._count import later_than
+from sedjax._order import later_than
 from sedjax._phase import PhaseState, step_phase
 from sedjax._types import Report, Status
 
 # float32 inner products do not resolve smaller singular values than this share of the largest.
 FLOOR = np.float32(1 / 300)
 LOW_DIM = 2000
-# A runner-up within so many standard errors of the winner makes the edge ambiguous.
+# A runner-up whose ratio is less than that below the winner's, or within so many standard errors of the sketch, makes
+# the edge ambiguous; rounding alone decides between the former.
+_TIE = np.float32(1e-3)
 _Z = np.float32(3.0)
 # Rows of unequal norms have unequal singular values by themselves, and noise seldom exceeds their ratios by more than
 # so many standard errors of a ratio; nor by so many standard deviations of the norms' logarithms, where these are
@@ -64,7 +66,7 @@ def find_edge(ratios: jax.Array, k_max: int, dims: jax.Array, exact: bool) -> tu
   distance = jnp.abs(place - best[..., None])
   margin = jnp.log(jnp.maximum(top[..., None], 1e-30)) - jnp.log(jnp.maximum(candidates, 1e-30))
   variance = jnp.where(distance == 1, 3.0, 2.0).astype(jnp.float32) / jnp.maximum(dims[..., None], 1)
-  tolerance = jnp.maximum(np.float32(1e-3), 0 if exact else _Z * jnp.sqrt(variance))
+  tolerance = jnp.maximum(_TIE, 0 if exact else _Z * jnp.sqrt(variance))
   ambiguous = jnp.any((distance > 0) & (margin < tolerance), -1)
   return best + 1, top, ambiguous
 
@@ -75,8 +77,7 @@ def _noise_thresholds(window: int, momentum: float, every: int, dims: jax.Array)
   """float32[G, W - 1]: the ratios at which an edge is entered and left, at effective dimensions [G]."""
   grid, means, deviations = _null.noise_ratios(window, momentum, every)
   logs = np.concatenate([means + _null.ENTER * deviations, means + _null.LEAVE * deviations], 1)
-  # Linear between the grid's points: how much of each of its steps lies below.
-  below = jnp.clip((jnp.log2(jnp.maximum(dims, 1))[:, None] - grid[:-1]) / np.diff(grid), 0, 1)
+  below = _null.share_of_steps(grid, dims, jnp)
   steps = np.diff(logs, axis=0).astype(np.float32)
   ratios = jnp.exp(logs[0].astype(np.float32) + jnp.matmul(below, steps, precision=jax.lax.Precision.HIGHEST))
   return ratios[:, : window - 1], ratios[:, window - 1 :]
@@ -198,7 +199,7 @@ def report_window(
   # A row of zeros, as of a group that is frozen, is no motion; ratios among the others would be those of fewer rows.
   moved = jnp.all(newest.scale > 0, -1)
   usable = full & moved
-  # One eigenproblem after the other (see `core`).
+  # One eigenproblem after the other (see `_push`).
   enter, leave = _thresholds(later_than(energy, relative), dims, momentum, every)
 
   def at_edge(table: jax.Array) -> jax.Array:

@@ -24,14 +24,16 @@ from sedjax._count import (
   folded_sum,
   index_hash,
   indices,
+  mix,
   part_of,
   plan_of,
-  shared_zero_of,
   sign_bits,
   sign_shift,
   sum_dtype,
-  zero_of_each,
+  sum_rows,
 )
+from sedjax._long import is_long, long_row
+from sedjax._order import shared_zero_of, zero_of_each
 from sedjax._small import is_small, lots, small_row
 
 # Partial sums alive at a time (4 MiB), since XLA's schedulers would start all leaves at once.
@@ -46,7 +48,7 @@ def _strided_sums(
   first, last = row // HASH_ROWS, -(-(row + count * stride) // HASH_ROWS)
   keys = jnp.broadcast_to(lax.slice(keys, (first,), (last,))[:, None], (last - first, HASH_ROWS // stride))
   keys = keys.reshape(-1)[:count]
-  shift = np.uint32(32 - stride) - lax.iota(jnp.uint32, count) * np.uint32(stride) % HASH_ROWS
+  shift = np.uint32(HASH_ROWS - stride) - lax.iota(jnp.uint32, count) * np.uint32(stride) % HASH_ROWS
   bits = sign_bits(keys, columns, shift)
   # The first row's sign is taken out of the sum: XLA hands sums that end in an addition to a library, which would
   # have every signed row stored.
@@ -111,9 +113,8 @@ def _signed(x: jax.Array, bits: Any, grid: Any, *, part: int | None) -> jax.Arra
 
 def _last_rows(x: jax.Array, row: int, keys: Any, columns: Any, part: Any, grid: Any) -> jax.Array:
   """float32[1, n]: the sum of fewer than 32 rows that share a hash, from `row` to the end."""
-  shift = sign_shift(np.arange(row, x.shape[0], dtype=np.uint32))
-  bits = sign_bits(keys[row // HASH_ROWS][None], columns, shift)
-  return flip(part_of(x[row:], part, grid), bits).sum(0, keepdims=True)
+  bits = mix(keys[row // HASH_ROWS] ^ columns)
+  return sum_rows([x[i] for i in range(row, x.shape[0])], bits, row % HASH_ROWS, part, grid)[None]
 
 
 def _folded(sums: jax.Array, buckets: int, dim: int) -> jax.Array:
@@ -153,7 +154,7 @@ def _added(row: jax.Array, sums: jax.Array, place: Any, *, parts: int, buckets: 
 class _Term(NamedTuple):
   """Something to be added to a row."""
 
-  sums: Callable[[Any], jax.Array]  # of a uint32[] 0
+  sums: Callable[[Any], jax.Array]  # made when the uint32[] 0 that it is given is known
   shape: tuple[int, int]  # of the sums, where they are stored before they are added; else (0, 0)
   group: int
   place: Any  # in the row, below its length
@@ -176,7 +177,9 @@ def _strided_terms(piece: Piece, plan: Plan, group: int, dim: int, part: Any, gr
     return
   stride = stride_of(x.dtype, plan.per_bucket, part, gpu)
   whole = plan.rows // plan.per_bucket
-  most = max(1, _ALIVE * max(16, stride) // (plan.per_bucket * plan.buckets * plan.columns)) * plan.buckets
+  # Each term begins with the first bucket, and with a hash of its own.
+  turn = math.lcm(plan.buckets, HASH_ROWS // plan.per_bucket)
+  most = max(1, _ALIVE * max(16, stride) // (plan.per_bucket * plan.columns * turn)) * turn
   parts = plan.per_bucket // stride
 
   def strided_sums(zero: Any, row: int, count: int) -> jax.Array:
@@ -251,10 +254,11 @@ def strided_rows(
   plans = [plan_of(piece.path, piece.hashes, piece.array.shape, dim, seed) for piece in pieces]
   # One lot after the other, and a leaf is kept until its turn comes: so those first that are made first.
   in_turn = sorted(zip(pieces, plans, groups, strict=True), key=lambda each: each[0].rank)
+  long = [each for each in in_turn if is_long(*each[:2]) and not gpu]
   terms = [
     term
     for piece, plan, group in in_turn
-    if not is_small(piece, plan)
+    if not is_small(piece, plan) and (gpu or not is_long(piece, plan))
     for term in _strided_terms(piece, plan, group, dim, part, grid, gpu)
   ]
   some = in_turn[0][0].array if pieces else grid
@@ -279,6 +283,8 @@ def strided_rows(
       wait = shared_zero_of(rows[wave[-1].group].astype(jnp.float32))
     first += len(wave)
   rows = [row[:dim] + row[dim:] for row in rows]
+  for piece, plan, group in long:
+    rows[group] = rows[group] + jnp.roll(long_row(piece, plan, dim, part, grid), plan.offset)
   for group, some, their_plans in lots(pieces, plans, groups):
     rows[group] = rows[group] + small_row(some, their_plans, dim, seed, part, grid)
   return rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from sedjax import _null
@@ -23,11 +25,13 @@ def warnings(facts: Facts) -> list[tuple[str, str]]:
     where = f"{_places(facts, never.any(0))}{some}"
     notes.append(("Window not full.", f"It never fills for {where}, so there is no edge to look for: the record is too "
                   "short, or the group has no updates."))  # fmt: skip
-  if facts.row_steps is not None and facts.row_steps[1] < facts.window:
+  memory = 1 / (1 - (facts.momentum or _USUAL_MOMENTUM))  # in steps
+  if facts.row_steps is not None and facts.row_steps[1] < memory - 1e-6:
+    known = f"its momentum {facts.momentum:g}" if facts.momentum else f"momentum, if it has {_USUAL_MOMENTUM:g}"
     notes.append((
       "Short rows.",
-      f"A row sums {row_steps_text(facts.row_steps)}, fewer than the window’s {facts.window} rows. Neighbouring rows "
-      "are then alike by the optimizer’s momentum alone, and a window sees little of the path; a larger every= shows "
+      f"A row sums {row_steps_text(facts.row_steps)}, and the optimizer, by {known}, looks back over about "
+      f"{steps_text(math.ceil(memory - 1e-6))}: neighbouring rows are alike by that alone. A larger every= shows "
       "slower motion.",
     ))  # fmt: skip
   above, unsure = (int(part[facts.at].sum()) for part in (sums.above, sums.ambiguous))
@@ -115,11 +119,12 @@ def _momentum_note(facts: Facts) -> tuple[str, str] | None:
       )
   if not momentum:
     grid, means, deviations = _null.noise_ratios(facts.window, _USUAL_MOMENTUM, every)
-    limits = np.exp(means + _null.ENTER * deviations)
+    limits = means + _null.ENTER * deviations
     dims = facts.chosen["effective_dim"].values[:, :, 0, 0] if "effective_dim" in facts.chosen else np.full(
       facts.gap.shape, 2.0 ** grid[-1])  # fmt: skip
-    at = np.abs(np.log2(np.maximum(dims, 1))[..., None] - grid).argmin(-1)
-    limit = limits[at, np.clip(facts.k_star, 1, limits.shape[1]) - 1]
+    place = np.clip(facts.k_star, 1, limits.shape[1]) - 1
+    below = _null.share_of_steps(grid, dims)
+    limit = np.exp(limits[0][place] + (below * np.moveaxis(np.diff(limits, axis=0)[:, place], 0, -1)).sum(-1))
     edges = full & (facts.gap > facts.null)
     doubtful = edges & (facts.gap <= limit)
     if doubtful.sum() > 0.5 * edges.sum() > 0:

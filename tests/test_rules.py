@@ -223,6 +223,15 @@ def test_temporaries_grow_neither_with_leaves_nor_with_groups():
   assert memory.temp_size_in_bytes <= 6 * 2**20
 
 
+@pytest.mark.parametrize("shape", [(2**24 + 5,), (2, 2**23), (24, 2**20), (1055, 2**17)], ids=str)
+def test_few_long_rows_are_stored_nowhere(shape):
+  """As those that `optax.flatten` makes of a model; nor are the last rows that share a hash."""
+  tx, params = sedjax.track_spectral_edge(10), {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  update = jax.jit(lambda u, s: tx.update(u, s)[1], donate_argnums=1, **oracles.AS_USERS_COMPILE)
+  memory = update.lower(params, jax.eval_shape(tx.init, params)).compile().memory_analysis()
+  assert memory.temp_size_in_bytes <= 8 * 2**20
+
+
 @pytest.mark.parametrize(
   "dtype",
   ["float32", pytest.param("bfloat16", marks=pytest.mark.xfail(strict=True, reason="XLA stores them in float32"))],

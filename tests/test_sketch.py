@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sedjax
-from sedjax import _count, _indexed, _small, _strided
+from sedjax import _count, _indexed, _long, _small, _strided
 from sedjax._count import Piece
 from sedjax._indexed import indexed_term, sum_terms
 from sedjax._strided import strided_rows
@@ -147,6 +147,7 @@ def blocks(path, x, axes):
 
 
 SHAPES = [(), (5,), (97, 128), (3, 3, 5, 8), (5025, 64), (1, 97), (97, 1), (7, 50257), (50, 9000), (400, 5)]
+SHAPES += [(150, 200), (300_007,)]
 
 
 def all_forms(shape, dim, x):
@@ -176,6 +177,7 @@ def test_all_forms_of_count_agree_bit_for_bit(shape, dim):
 def test_all_forms_of_count_agree_when_they_work_in_small_parts(shape, monkeypatch):
   """As they do for large leaves: in chunks, with hashes made at run time, and after earlier work; and from bfloat16."""
   small = [(_indexed, "_CHUNK", 500), (_count, "TABLE", 16), (_strided, "TABLE", 16), (_strided, "_ALIVE", 1000)]
+  small.append((_long, "_LEAST", 16))
   for module, name, value in small:
     assert getattr(module, name) >= 2**18
     monkeypatch.setattr(module, name, value if math.prod(shape) < 10**5 else 64 * value)
