@@ -15,26 +15,22 @@ The result goes to `benchmarks/results/noise.json`; with `--smoke`, of few rows,
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
-import shlex
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import run
+import provenance
 import scipy.stats
 
 import sedjax
 from sedjax import core
 from sedjax._push import push_row
 
-ROOT = Path(__file__).resolve().parent.parent
 # (window, momentum, every, dim, how norms vary: standard deviation of their logarithm, or "schedule")
 CASES = (
   (3, 0.0, 1, 1024, 0.0),
@@ -144,21 +140,15 @@ def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(description="Counts how often noise alone is taken for an edge.")
   parser.add_argument("--smoke", action="store_true", help="few cases and rows, to see that it works; not stored")
   args = parser.parse_args(argv)
-  made_by = {
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "command": shlex.join(["python", "benchmarks/noise.py", *argv]),
-    **run.code_version(),
-    "device": run.device_facts(),
-    "versions": run.versions(),
-  }
+  made_by = provenance.made_by("noise.py", argv, provenance.begin())
   lines = []
   for case in SMOKE_CASES if args.smoke else CASES:
     lines.append(measure(case, SMOKE_ROWS if args.smoke else ROWS))
     print(json.dumps(lines[-1]), flush=True)
-  folder = ROOT / "out" / "benchmarks" if args.smoke else ROOT / "benchmarks" / "results"
+  folder = provenance.SMOKE if args.smoke else provenance.RESULTS
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "noise.json").write_text(json.dumps({"made_by": made_by, "lines": lines}, indent=1) + "\n")
-  print(f"Wrote {(folder / 'noise.json').relative_to(ROOT)}.")
+  print(f"Wrote {(folder / 'noise.json').relative_to(provenance.ROOT)}.")
 
 
 if __name__ == "__main__":

@@ -21,12 +21,10 @@ are compared with a float64 oracle, which reads the files by NumPy alone. The re
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import multiprocessing
 import os
 import resource
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -39,7 +37,6 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
 WINDOW, DIM = 10, 16384
 CHECKPOINTS, TREE = 24, "gpt2_124m"
 SMOKE_CHECKPOINTS, SMOKE_TREE = 12, "gpt_220k"
@@ -309,7 +306,7 @@ def store(
   reads: list[dict[str, Any]],
   exact: list[list[float]],
 ) -> None:
-  import run
+  import provenance
   import scipy.stats
 
   ways = {}
@@ -339,11 +336,7 @@ def store(
     ],
   }
   result = {
-    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    "command": shlex.join(["python", "benchmarks/posthoc.py", *argv]),
-    **run.code_version(),
-    "device": run.device_facts(),
-    "versions": run.versions(),
+    **provenance.made_by("posthoc.py", argv, provenance.begin()),
     "tree": tree,
     "checkpoints": count,
     "bytes": size,
@@ -355,10 +348,10 @@ def store(
       name: {"found": value, "most": most, "met": bool(value <= most)} for name, (value, most) in targets.items()
     },
   }
-  folder = ROOT / "out" / "benchmarks" if args.smoke else ROOT / "benchmarks" / "results"
+  folder = provenance.SMOKE if args.smoke else provenance.RESULTS
   folder.mkdir(parents=True, exist_ok=True)
-  file = folder / f"posthoc-{run.device_name(result['device']).removeprefix('cpu-')}.json"
-  file.write_text(json.dumps(result, indent=1, default=run.plain) + "\n")
+  file = folder / f"posthoc-{provenance.device_name(result['device']).removeprefix('cpu-')}.json"
+  file.write_text(json.dumps(result, indent=1, default=provenance.plain) + "\n")
   for name, target in result["targets"].items():
     print(f"{name}: {target['found']:.4g}, at most {target['most']:.4g}: {'met' if target['met'] else 'NOT MET'}")
   print(f"stored in {os.path.relpath(file)}")

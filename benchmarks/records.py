@@ -14,7 +14,6 @@ The result goes to `benchmarks/results/records.json`.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import shlex
@@ -31,7 +30,6 @@ import numpy as np
 import sedjax
 from sedjax.record import Recorder
 
-ROOT = Path(__file__).resolve().parent.parent
 WINDOWS, GROUPS, SEEDS = (5, 10, 20, 32), ("all", *(f"block_{i}" for i in range(12))), 8
 DIFFERENT = 64  # reports that are made up; each step's is one of these, its floats times a random number
 
@@ -141,8 +139,9 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--folder", type=Path, help="where the files are made for a while; default: the temporary folder")
   args = parser.parse_args(argv)
   os.environ["JAX_PLATFORMS"] = "cpu"
-  import run  # after the platform is chosen
+  import provenance  # after the platform is chosen
 
+  begun = provenance.begin()
   steps = 1000 if args.smoke else 100_000
   folder = Path(tempfile.mkdtemp(dir=args.folder))
   need = 280e3 * steps
@@ -153,18 +152,12 @@ def main(argv: list[str]) -> None:
     measured = measure(folder, steps)
   finally:
     shutil.rmtree(folder)
-  made_by = {
-    "device": run.device_facts(),
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    **run.code_version(),
-    "command": shlex.join(["python", "benchmarks/records.py", *argv]),
-    "versions": run.versions(),
-  }
+  made_by = provenance.made_by("records.py", argv, begun)
   sizes = {"steps": steps, "seeds": SEEDS, "windows": WINDOWS, "groups": len(GROUPS)}
   text = json.dumps({"made_by": made_by, **sizes, **measured}, indent=1)
   print(text)
   if not args.smoke:
-    file = ROOT / "benchmarks" / "results" / "records.json"
+    file = provenance.RESULTS / "records.json"
     file.write_text(text + "\n")
     print(f"Wrote {file}.")
 

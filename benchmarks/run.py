@@ -10,7 +10,7 @@ Sections, each explained in `benchmarks/README.md`:
 - params: a step that reads nothing, beside a step that does nothing.
 - seeds: vmapped seeds beside as many single ones.
 - step: training steps with and without the tracker.
-- eigen: four ways to get the spectrum of a few rows.
+- eigen: ways to get the spectrum of a few rows.
 
 Whatever is compared is timed in turn, in one loop. The result goes to `benchmarks/results/<device>.json`, section by
 section; with `--smoke`, which takes a minute and shows only that everything works, to `out/benchmarks/`.
@@ -19,17 +19,11 @@ section; with `--smoke`, which takes a minute and shows only that everything wor
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import re
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -42,6 +36,7 @@ import models
 import numpy as np
 import optax
 import peers
+import provenance
 import report
 from models import Tree
 from timing import compile_function, interleave, seconds_of
@@ -49,7 +44,6 @@ from timing import compile_function, interleave, seconds_of
 import sedjax
 from sedjax import _eigen, core
 
-ROOT = Path(__file__).resolve().parent.parent
 WINDOW, DIM = 10, 16384
 TINY, SMALL, MIDDLE = "gpt_220k", "grok_290k", "gpt_51m"
 Section = dict[str, Any]
@@ -480,7 +474,7 @@ def measure_eigen(effort: Effort) -> Section:
   return {"dim": DIM, "timed_condition": CONDITIONS[0], "lines": lines}
 
 
-# ---- provenance, and the program ----
+# ---- the program ----
 
 SECTIONS: dict[str, Callable[[Effort], Section]] = {
   "observe": measure_observe,
@@ -493,66 +487,13 @@ SECTIONS: dict[str, Callable[[Effort], Section]] = {
 NAMES = ("peers", *SECTIONS)  # in this order: while other processes run, this one must not hold the device
 
 
-def git(*arguments: str) -> str | None:
-  done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-  return done.stdout.strip() if done.returncode == 0 else None
-
-
-MADE_PAGES = ("README.md", "benchmarks/RESULTS.md")
-
-
-def code_version() -> dict[str, Any]:
-  """The commit, and whether files differ from it (results and what is made of them aside)."""
-  changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", *(f":!{page}" for page in MADE_PAGES))
-  return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
-
-
-def cpu_model() -> str | None:
-  file = Path("/proc/cpuinfo")
-  found = re.search(r"^model name\s*:\s*(.+)$", file.read_text(), re.M) if file.exists() else None
-  return found[1].strip() if found else platform.processor() or None
-
-
-def device_facts() -> dict[str, Any]:
-  """What the program runs on."""
-  device = jax.devices()[0]
-  return {
-    "platform": device.platform,
-    "kind": device.device_kind,
-    "count": jax.device_count(),
-    "cpu": cpu_model(),
-    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-  }
-
-
-def device_name(facts: dict[str, Any]) -> str:
-  """Of a device, for the name of a file: lower-case letters, digits and dashes."""
-  name = facts["kind"] if facts["platform"] != "cpu" else f"cpu {re.sub('[(](R|TM)[)]', '', facts['cpu'] or '')}"
-  return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def versions() -> dict[str, str]:
-  found = {"python": platform.python_version()}
-  for name in ("jax", "jaxlib", "optax", "numpy", "sedjax", "scikit-learn", "traker", "torch"):
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return found
-
-
-def plain(value: Any) -> Any:
-  """NumPy's numbers as Python's, for JSON."""
-  return value.item() if isinstance(value, np.generic) else str(value)
-
-
 def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(description="Measures what tracking costs on this device.")
   parser.add_argument("--device", choices=("cpu", "gpu", "tpu"), required=True)
   parser.add_argument("--smoke", action="store_true", help="small and short, to see that it works; not stored")
   parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=f"some of: {', '.join(NAMES)}")
   args = parser.parse_args(argv)
-  version, date = code_version(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+  begun = provenance.begin()
   if args.device == "cpu":
     jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_enable_compilation_cache", False)
@@ -571,30 +512,27 @@ def main(argv: list[str]) -> None:
       section = SECTIONS[name](effort)
     measured[name] = {"seconds": time.perf_counter() - start, **section}
     print(f"  {measured[name]['seconds']:.0f} s", flush=True)
-    file = store(argv, args, {"date": date, **version}, measured)
+    file = store(argv, args, begun, measured)
   print(report.tables(file.stem, json.loads(file.read_text())))
   print(f"Wrote {file}.")
 
 
-def store(argv: list[str], args: argparse.Namespace, version: Section, measured: dict[str, Section]) -> Path:
+def store(argv: list[str], args: argparse.Namespace, begun: Section, measured: dict[str, Section]) -> Path:
   """Writes the sections measured so far into the device's file, where others that are there already are kept."""
-  device = device_facts()
+  made_by = provenance.made_by("run.py", argv, begun)
+  device = made_by["device"]
   if device["platform"] != args.device:
     sys.exit(f"There is no {args.device} here: JAX's default device is {jax.devices()[0]}.")
-  made_by = {
-    "device": device,
-    **version,
-    "command": shlex.join(["python", "benchmarks/run.py", *argv]),
-    "versions": versions(),
-  }
-  folder = ROOT / "out" / "benchmarks" if args.smoke else ROOT / "benchmarks" / "results"
-  file = folder / f"{device_name(device)}.json"
+  folder = provenance.SMOKE if args.smoke else provenance.RESULTS
+  file = folder / f"{provenance.device_name(device)}.json"
   old: dict[str, Section] = json.loads(file.read_text()) if file.exists() else {}
   if args.only is None or any(section["made_by"]["device"] != device for section in old.values()):
     old = {}  # numbers of another machine do not belong beside these
   sections = old | {name: {"made_by": made_by, **section} for name, section in measured.items()}
   folder.mkdir(parents=True, exist_ok=True)
-  file.write_text(json.dumps({name: sections[name] for name in NAMES if name in sections}, indent=1, default=plain))
+  file.write_text(
+    json.dumps({name: sections[name] for name in NAMES if name in sections}, indent=1, default=provenance.plain)
+  )
   return file
 
 

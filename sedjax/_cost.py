@@ -35,13 +35,15 @@ class Cost:
     platform: "cpu", "gpu" or "tpu".
     update_bytes: bytes of the device's share of the updates (of the parameters, where those are read).
     bytes_accessed: bytes that the compiler counts as read and written, in caches or memory; None where it counts none.
-    bytes_allowed: bytes that may be: 1.05 times the updates', and on a mesh four times the sketch of each leaf; held
-      against those accessed for a TPU alone, since other compilers do not tell what stays in caches.
+    bytes_allowed: bytes that may be: 1.05 times the updates' (of parameters, which are read in three passes, 3.15
+      times), and on a mesh four times the sketch of each leaf; held against those accessed for a TPU alone, since other
+      compilers do not tell what stays in caches.
     temporaries: bytes of temporary arrays alive at once.
+    temporaries_allowed: bytes that these may take, 16 MiB; None for exact rows, of which nothing is promised.
     state_bytes: bytes of the device's share of the tracker's state.
-    state_limit: bytes that the state may take: (W + 3)·d·4 for each group, its history and 64 KiB; for exact rows
-      (W + 3) times the updates in float32 instead.
-    collectives: (kind, numbers that it gives) of every array that a collective communicates.
+    state_allowed: bytes that the state may take: (W + 3)·d·4 and (W + 3)²·4 for each group, its history and 64 KiB; for
+      exact rows (W + 3) times the updates in float32 instead of the first.
+    collectives: (kind, numbers that it gives) of every array that a collective communicates; one in a loop counts once.
     largest_allowed: numbers that one collective may give: the sketch's dimension d; for exact rows as `total_allowed`.
     total_allowed: numbers that all collectives together may give, where shardings are known while tracing; else None.
     host_calls: what calls the host.
@@ -52,8 +54,9 @@ class Cost:
   bytes_accessed: float | None
   bytes_allowed: float
   temporaries: int
+  temporaries_allowed: int | None
   state_bytes: int
-  state_limit: int
+  state_allowed: int
   collectives: tuple[tuple[str, int], ...]
   largest_allowed: int
   total_allowed: int | None
@@ -66,10 +69,11 @@ class Cost:
     found = []
     if self.platform == "tpu" and (self.bytes_accessed or 0) > self.bytes_allowed:
       found.append(f"It accesses {self._reads():.2f} times the bytes of the updates.")
-    if self.temporaries > _TEMPORARIES:
-      found.append(f"Its temporaries take {self.temporaries / _MIB:.1f} MiB, more than {_TEMPORARIES // _MIB}.")
-    if self.state_bytes > self.state_limit:
-      found.append(f"The state takes {self.state_bytes} bytes, more than {self.state_limit}.")
+    if self.temporaries_allowed is not None and self.temporaries > self.temporaries_allowed:
+      allowed = self.temporaries_allowed // _MIB
+      found.append(f"Its temporaries take {self.temporaries / _MIB:.1f} MiB, more than {allowed}.")
+    if self.state_bytes > self.state_allowed:
+      found.append(f"The state takes {self.state_bytes} bytes, more than {self.state_allowed}.")
     if largest > self.largest_allowed:
       found.append(f"A collective moves {largest} numbers, more than {self.largest_allowed}.")
     if self.total_allowed is not None and total > self.total_allowed:
@@ -84,10 +88,12 @@ class Cost:
   def __str__(self) -> str:
     kinds = {kind: [n for k, n in self.collectives if k == kind] for kind, _ in self.collectives}
     moved = ", ".join(f"{len(n)} {kind} of {max(n)} numbers at most" for kind, n in kinds.items()) or "none"
-    kept = "The promise holds: nothing large is moved or kept"
+    kept = f"The promise holds: nothing large is moved{'' if self.temporaries_allowed is None else ' or kept'}"
     # Other compilers count what goes through caches too, which is no measure of how often memory is read.
     if self.platform == "tpu":
-      kept += ", and the updates are read about once" + (", beside sums of them." if self.collectives else ".")
+      times = max(round(self._reads()), 1)
+      kept += f", and the updates are read about {'once' if times == 1 else f'{times} times'}"
+      kept += ", beside sums of them." if self.collectives else "."
     else:
       kept += "; to know the time, measure it."
     lines = [
@@ -226,17 +232,18 @@ def _check(tx: Any, params: Any, mesh: Any, specs: Any) -> Cost:
   labels = 0 if exact else tracker.rows.shape[-2]
   known = specs is not None or any(_placement.explicit_spec(leaf)[1] for leaf in jax.tree.leaves(params))
   row = sum(4 * _share(leaf) for leaf in jax.tree.leaves(params)) if exact else 4 * dim * labels
-  # Of exact rows: a Gram column in three parts, two sums and a largest number for each group, and two numbers more.
-  moved = (3 * slots + 3) * groups + 2 if exact else 2 * dim * labels + slots**2 * groups
+  # Of exact rows: a Gram column in three parts, two sums and a largest number for each group, and three numbers more.
+  moved = (3 * slots + 3) * groups + 3 if exact else 2 * dim * labels + slots**2 * groups
   passes = 0 if mesh is None else _SKETCH_PASSES * 4 * dim * len(jax.tree.leaves(params))
   return Cost(
     platform=platform,
     update_bytes=_nbytes(params),
     bytes_accessed=analysis.get("bytes accessed"),
-    bytes_allowed=_READS * _nbytes(params) + passes,
+    bytes_allowed=_READS * (3 if tracker.base else 1) * _nbytes(params) + passes,
     temporaries=int(memory.temp_size_in_bytes),
+    temporaries_allowed=None if exact else _TEMPORARIES,
     state_bytes=_nbytes(state),
-    state_limit=(slots + 2) * row + _nbytes(tracker.history) + 2**16,
+    state_allowed=(slots + 2) * row + (slots + 2) ** 2 * 4 * groups + _nbytes(tracker.history) + 2**16,
     collectives=collectives_of(program),
     largest_allowed=moved if exact else dim,
     total_allowed=moved if known else None,

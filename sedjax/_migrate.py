@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from sedjax._state import Parts, TrackerState, map_id_of, pack, unpack, unpack_reports, window_sizes
+from sedjax._state import Parts, TrackerState, map_id_of, of_one_seed, pack, unpack, unpack_reports, window_sizes
 from sedjax._transform import SpectralEdgeState
 
 
@@ -117,9 +117,11 @@ def _carry(name: str, old: TrackerState, new: TrackerState) -> TrackerState:
   if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((old, new))):
     raise ValueError("sedjax.migrate: a state is abstract, so there is nothing to carry; give two states of arrays.")
   lead = old.counters.ndim - 1
-  same_map = old.labels.shape == new.labels.shape and np.array_equal(map_id_of(old), map_id_of(new))
+  one, other = (
+    [of_one_seed(x, ndim).tolist() for x, ndim in ((map_id_of(state), 1), (state.labels, 2))] for state in (old, new)
+  )
   same_rows = jax.tree.structure((old.rows, old.base)) == jax.tree.structure((new.rows, new.base))
-  if lead != new.counters.ndim - 1 or not same_map or not np.array_equal(old.labels, new.labels) or not same_rows:
+  if lead != new.counters.ndim - 1 or one != other or not same_rows:
     raise ValueError(
       f"sedjax.migrate: tracker {name!r} changed its sketch, tree, groups or source, so its rows cannot be carried "
       "over; give the new tracker another name to start it empty, or build it as the old one was."

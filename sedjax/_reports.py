@@ -18,6 +18,7 @@ from sedjax._state import (
   TrackerState,
   expect_state,
   map_id_of,
+  of_one_seed,
   unpack,
   unpack_report,
   unpack_reports,
@@ -52,14 +53,6 @@ def _group_index(state: TrackerState, group: Hashable | None) -> Any:
   return index if isinstance(state.labels, Tracer) else jax.device_put(np.int32(index))
 
 
-def _words_of(labels: Any) -> np.ndarray:
-  """int32[G, 16]: the groups' names; those of seeds agree, of which other processes may hold some."""
-  if isinstance(labels, jax.Array) and not labels.is_fully_addressable:
-    labels = labels.addressable_shards[0].data
-  labels = jax.device_get(labels)
-  return np.asarray(labels).reshape(-1, *np.shape(labels)[-2:])[0]
-
-
 def _place_of(state: TrackerState, group: Hashable | None) -> int | jax.Array:
   if group is None:
     return 0
@@ -71,7 +64,7 @@ def _place_of(state: TrackerState, group: Hashable | None) -> int | jax.Array:
     return jnp.where(jnp.any(same), jnp.argmax(same), -1)
   known = []
   if not traced:
-    known = [tuple(words) for words in _words_of(state.labels)[1:]]
+    known = [tuple(words) for words in of_one_seed(state.labels, 2)[1:]]
   if tuple(wanted) not in known:
     names = ", ".join(repr(decode_label(words)) for words in known) or "none, since the tracker has no `groups`"
     raise ValueError(f"sedjax: there is no group {group!r}; groups: {names}.")
@@ -215,4 +208,4 @@ def _identity(state: TrackerState) -> tuple[jax.Array, jax.Array]:
 
 def group_names(labels: Any) -> tuple[str, ...]:
   """The text of the groups' names; "" is the whole model."""
-  return tuple(decode_label(words) for words in _words_of(labels))
+  return tuple(decode_label(words) for words in of_one_seed(labels, 2))

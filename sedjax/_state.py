@@ -150,6 +150,14 @@ def map_id_of(state: TrackerState) -> jax.Array:
   return state.counters[..., -_MAP_ID:]
 
 
+def of_one_seed(x: Any, ndim: int) -> np.ndarray:
+  """An array of `ndim` axes in which all seeds agree, in NumPy; other processes may hold some of the seeds."""
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    x = x.addressable_shards[0].data
+  x = np.asarray(jax.device_get(x))
+  return x.reshape(-1, *x.shape[x.ndim - ndim :])[0]
+
+
 def pack_counters(parts: Parts) -> jax.Array:
   """`TrackerState.counters`."""
   return _side_by_side([parts.facts.steps, *(getattr(parts, name)[..., None] for name in COUNTERS), parts.map_id])

@@ -66,8 +66,8 @@ def track_spectral_edge(
       largest's: none looks beyond its own.
     sketch: `sedjax.sketch.count(dim)` (None: of dim 16384), `gaussian(dim)` or `exact()`.
     groups: None, or a function from a leaf's path ("block_0/attn/kernel") to a label, None for "not tracked".
-    source: "updates", or "params" for differences of the parameters, read once in `every` steps; the row of steps
-      (k-1)n+1 … kn is seen at step kn+1, since a chain is given the parameters from before the step.
+    source: "updates", or "params" for differences of the parameters, read, in three passes, once in `every` steps; the
+      row of steps (k-1)n+1 … kn is seen at step kn+1, since a chain is given the parameters from before the step.
     momentum: float in [0, 0.9999], β₁ of the optimizer: noise of that correlation is what an edge must exceed.
     history: int >= 0, so many past reports are kept on the device; see `get_history`.
     axis_name: inside a `jax.shard_map` whose blocks update is given: the mesh axes over which the parameters are split,
@@ -85,10 +85,11 @@ def track_spectral_edge(
     ValueError: an argument is out of its range; in `update`, a tree that differs from that of `init`, or
       `source="params"` without parameters. The message names what was given and what is accepted.
 
-  Cost: one read of the updates a step, which a program that makes them also stores, once; (W + 3)·dim·4 bytes a group;
-    every row, a Gram column and an eigenproblem of W rows in each group and window (with a `momentum` two, the other
-    for noise in rows of the same norms). What noise shows is simulated on the host when the tracker is first traced,
-    once for each window, in W³ operations: seconds from 128 rows on.
+  Cost: one read of the updates a step, which a program that makes them also stores, once (with `source="params"` three
+    of the parameters a row); (W + 3)·dim·4 + (W + 3)²·4 bytes a group; every row, a Gram column and an eigenproblem of
+    W rows in each group and window (with a `momentum` two, the other for noise in rows of the same norms). What noise
+    shows is simulated on the host when the tracker is first traced, once for each window, in W³ operations: seconds
+    from 128 rows on.
 
   Source: arXiv 2603.15678. Departures: rows are steps rather than checkpoints, seen through a sketch; `k_max`; the
     phases are streaming, without hindsight.

@@ -102,7 +102,7 @@ def init(config: Config, params: Any, specs: Mapping[str, Spec] | None = None) -
     ValueError: `config.groups` fails on a path, or two leaves share a path.
     TypeError: `config` is no `Config`.
 
-  Cost: the state's memory, (W + 3)·dim·4 bytes a group.
+  Cost: the state's memory, (W + 3)·dim·4 + (W + 3)²·4 bytes a group.
 
   Example:
     >>> import jax, jax.numpy as jnp, sedjax
@@ -164,11 +164,12 @@ def _check_step(step: Any) -> None:
     fits = abs(step) <= _INT_MAX
   else:
     fits = dtype is not None and shape == () and jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize >= 4
+    fits = fits and (not isinstance(step, np.generic) or abs(int(step)) <= _INT_MAX)
   if not fits:
     given = repr(step) if dtype is None else f"{dtype}{list(shape or ())}"
     raise ValueError(
-      f"track_spectral_edge: sed_step must be an integer scalar of 32 bits, got {given}; pass the number of steps "
-      "before this one, a single one under vmap, too."
+      f"track_spectral_edge: sed_step must be an integer scalar of 32 bits or more, and below 2**31, got {given}; pass "
+      "the number of steps before this one, a single one under vmap, too."
     )
 
 
@@ -199,7 +200,8 @@ def observe(
     ValueError: params are needed and absent, `step` is no integer scalar, or the state is of another tree or tracker.
     TypeError: `config` is no `Config`, or `state` no `TrackerState`.
 
-  Cost: one read of the updates, and once a row a Gram column and an eigenproblem of W rows, with a momentum two.
+  Cost: one read of the updates (of parameters three, once a row), and once a row a Gram column and an eigenproblem of W
+    rows, with a momentum two.
 
   Example:
     >>> import jax, jax.numpy as jnp, sedjax
@@ -231,7 +233,7 @@ def observe(
       )
   _check_mesh(layout, state)
   state = _placement.on_mesh(state, _placement.explicit_mesh(layout.leaves))
-  state = _check_state(config, layout, tree, state)
+  state = _check_state(config, layout, tree, state, blocks=specs is not None)
   leaves = tuple(leaf if group is not None else None for leaf, group in zip(layout.leaves, layout.group, strict=True))
   if from_params:
     return observe_params(config, layout._replace(leaves=()), leaves, state, step)
@@ -252,7 +254,23 @@ def _check_mesh(layout: Layout, state: TrackerState) -> None:
       raise ValueError(_OTHER_MESH.format(dict(of_state.shape), other))
 
 
-def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState) -> TrackerState:
+def _shapes(tree: Any) -> list[tuple[int, ...]]:
+  return [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _are_blocks(layout: Layout, rows: Any) -> bool:
+  """Whether exact rows could be blocks of the leaves that those of `layout` are blocks of."""
+  rings = jax.tree.leaves(rows)
+  if len(rings) != len(layout.shapes):
+    return False
+  for ring, whole, group in zip(rings, layout.shapes, layout.group, strict=True):
+    block = jnp.shape(ring)[ring.ndim - len(whole) :]
+    if group is not None and (len(block) < len(whole) or any(w % max(b, 1) for b, w in zip(block, whole, strict=True))):
+      return False
+  return True
+
+
+def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState, blocks: bool) -> TrackerState:
   """Refuses a state that another sketch, tree or configuration made; flags what cannot be known while tracing."""
   expected, traced = np.asarray(_map_id(config, layout), np.int32), isinstance(state.counters, Tracer)
   if not traced:
@@ -268,13 +286,14 @@ def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState)
         "with the former sketch, or call tx.init for a new state."
       )
   expected_state = jax.eval_shape(functools.partial(init, config), tree)
-  shapes = [leaf.shape for leaf in jax.tree.leaves(expected_state)]
-  if [jnp.shape(leaf) for leaf in jax.tree.leaves(state)] != shapes:
-    wholes = [shape for shape, group in zip(layout.shapes, layout.group, strict=True) if group is not None]
-    found = [jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(state.rows)]
-    raise ValueError(_NOT_SHARDED if config.exact and layout.axes and found == wholes else _STATE_CHANGED)
-  if config.exact and layout.mesh is not None:
-    for ring, spec, group in zip(jax.tree.leaves(state.rows), layout.specs, layout.group, strict=True):
+  if _shapes(state) != _shapes(expected_state):
+    alike = [_shapes(each._replace(rows=(), base=())) for each in (state, expected_state)]
+    split = config.exact and layout.axes and alike[0] == alike[1] and _are_blocks(layout, state.rows)
+    raise ValueError(_NOT_SHARDED if split else _STATE_CHANGED)
+  if config.exact and not blocks:
+    rings = [jax.tree.leaves(rows) for rows in (state.rows, state.base)]
+    leaves = [each for some in rings if some for each in zip(some, layout.specs, layout.group, strict=True)]
+    for ring, spec, group in leaves:
       if group is not None and _placement.explicit_spec(ring)[0] != (spec and ((),) * (ring.ndim - len(spec)) + spec):
         raise ValueError(_NOT_SHARDED)
   if not traced:

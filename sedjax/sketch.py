@@ -52,6 +52,15 @@ class _Sketch:
   dim: int
   seed: int
 
+  def __post_init__(self) -> None:
+    name = f"sedjax.sketch.{type(self).__name__.lower()}"
+    if isinstance(self.dim, bool) or not isinstance(self.dim, int | np.integer) or not 1 <= self.dim < 2**31:
+      raise ValueError(f"{name}: dim must be an int in [1, 2**31), got {self.dim!r}; leave it out for the default.")
+    if isinstance(self.seed, bool) or not isinstance(self.seed, int | np.integer) or not 0 <= self.seed < 2**31:
+      raise ValueError(f"{name}: seed must be an int in [0, 2**31), got {self.seed!r}.")
+    object.__setattr__(self, "dim", int(self.dim))
+    object.__setattr__(self, "seed", int(self.seed))
+
   @property
   def sketch_id(self) -> tuple[int, int, int, int]:
     """(kind, version, seed, dim): two rows may be compared only where these agree."""
@@ -162,19 +171,19 @@ class Gaussian(_Sketch):
 
   def _row(self, piece: Piece, part: int | None, grid: Any) -> jax.Array:
     piece = piece.placed()
-    x = part_of(piece.array, part, grid).reshape(-1, piece.array.shape[-1])
+    x = part_of(piece.array, part, grid)
     key = path_key(piece.path, self.seed) if piece.hashes is None else piece.hashes.key
     chunk = max(1, min(self.dim, 2**20 // x.size))
-    row_keys = index_hash(piece.row_index().reshape(-1), ~key)
-    index_keys = mix(row_keys[:, None] ^ index_hash(piece.column_index(), key)[None, :])
+    row_keys = index_hash(piece.row_index(), ~key)
+    index_keys = mix(row_keys[..., None] ^ index_hash(piece.column_index(), key))
 
     def outputs(i: Any) -> jax.Array:
       output_keys = index_hash(jnp.arange(chunk, dtype=jnp.uint32) + i * np.uint32(chunk), np.uint32(0x5851F42D))
-      bits = mix(index_keys[None] ^ output_keys[:, None, None])
+      bits = mix(index_keys ^ output_keys.reshape(chunk, *(1,) * x.ndim))
       # 23 bits, centred in their cells, so that the quantile function never sees -1 or 1.
       uniform = (bits >> 9).astype(jnp.float32) * np.float32(2**-22) + np.float32(2**-23 - 1)
       normal = np.float32(math.sqrt(2)) * jax.lax.erf_inv(uniform)
-      return jnp.einsum("kmn,mn->k", normal.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
+      return jnp.tensordot(normal.astype(x.dtype), x, x.ndim, precision=jax.lax.Precision.HIGHEST)
 
     values = jax.lax.map(outputs, jnp.arange(-(-self.dim // chunk), dtype=jnp.uint32))
     return values.reshape(-1)[: self.dim] / np.float32(math.sqrt(self.dim))
@@ -183,18 +192,16 @@ class Gaussian(_Sketch):
 class Exact(_Sketch):
   """See `exact`."""
 
+  def __init__(self) -> None:
+    object.__setattr__(self, "dim", 0)
+    object.__setattr__(self, "seed", 0)
+
+  def apply(self, path: str, leaf: jax.Array) -> jax.Array:
+    del path, leaf
+    raise ValueError("sedjax.sketch.exact: there is no sketch, so that apply has nothing to do; keep the leaf itself.")
+
 
 _KINDS = (Count, Gaussian, Exact)
-
-
-def _validated(kind: type, name: str, dim: Any, seed: Any) -> Any:
-  if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not 1 <= dim < 2**31:
-    raise ValueError(
-      f"sedjax.sketch.{name}: dim must be an int in [1, 2**31), got {dim!r}; leave it out for the default."
-    )
-  if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
-    raise ValueError(f"sedjax.sketch.{name}: seed must be an int in [0, 2**31), got {seed!r}.")
-  return kind(int(dim), int(seed))
 
 
 def count(dim: int = 16384, *, seed: int = 0) -> Count:
@@ -222,7 +229,7 @@ def count(dim: int = 16384, *, seed: int = 0) -> Count:
     >>> sedjax.sketch.count(1024).dim
     1024
   """
-  return _validated(Count, "count", dim, seed)
+  return Count(dim, seed)
 
 
 def gaussian(dim: int = 100, *, seed: int = 0) -> Gaussian:
@@ -246,7 +253,7 @@ def gaussian(dim: int = 100, *, seed: int = 0) -> Gaussian:
     >>> sedjax.sketch.gaussian(100).dim
     100
   """
-  return _validated(Gaussian, "gaussian", dim, seed)
+  return Gaussian(dim, seed)
 
 
 def exact() -> Exact:
@@ -269,4 +276,4 @@ def exact() -> Exact:
     >>> sedjax.sketch.exact().dim
     0
   """
-  return Exact(0, 0)
+  return Exact()

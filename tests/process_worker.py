@@ -8,6 +8,7 @@ Each of the processes holds its share of four virtual CPU devices. Tasks are don
 - `resume=RUN`: goes on from the checkpoints of RUN with the second half of the steps.
 - `endless=RUN`: trains one case until something ends it, with a checkpoint every second step up to `SAVED`.
 - `saving=RUN`: likewise, with checkpoints to the end.
+- `migrate=RUN`: carries seeds of their own on each device over to a tracker of another window, and goes on.
 - `last=RUN`: says what the last checkpoint of such a RUN holds, and does one more step.
 """
 
@@ -177,7 +178,23 @@ def seeds(folder, name):
   return found
 
 
+def migrate(folder, name):
+  del folder, name
+  old, new = (sedjax.track_spectral_edge(w, sketch=sedjax.sketch.count(64), groups=lambda path: path) for w in (3, 5))
+  mesh = jax.make_mesh((DEVICES,), ("seed",), axis_types=(AxisType.Auto,))
+  place = jax.NamedSharding(mesh, jax.P("seed"))
+  x = np.random.default_rng(0).normal(size=(3, DEVICES, 16, 8)).astype(np.float32)
+  steps = [dict.fromkeys("ab", jax.make_array_from_callback(each.shape, place, lambda i, x=each: x[i])) for each in x]
+  state = jax.jit(jax.vmap(old.init))(steps[0])
+  for step in steps[:2]:
+    state = jax.jit(jax.vmap(lambda u, s: old.update(u, s)[1]))(step, state)
+  state = sedjax.migrate(state, jax.jit(jax.vmap(new.init))(steps[0]))
+  state = jax.jit(jax.vmap(lambda u, s: new.update(u, s)[1]))(steps[2], state)
+  return np.asarray(sedjax.get_report(state).count.addressable_shards[0].data).tolist()
+
+
 TASKS = {
+  "migrate": migrate,
   "seeds": seeds,
   "train": train,
   "resume": resume,

@@ -85,7 +85,7 @@ def found(tmp_path_factory):
   folder = tmp_path_factory.mktemp("processes")
   with started(folder, 1, "train=one") as running:
     finish(running)
-  with started(folder, 2, "train=two", "resume=one", "seeds=two", "endless=lost") as pair:
+  with started(folder, 2, "train=two", "resume=one", "seeds=two", "migrate=two", "endless=lost") as pair:
     killed = kill_one(folder, pair, "lost", victim=1)
     with started(folder, 1, "resume=two", "last=lost") as running:  # while the other of the two finds out
       left = exit_code(pair[0], killed)
@@ -138,6 +138,11 @@ def test_seeds_that_other_processes_have_are_read_by_a_groups_name(found):
   """The groups' names lie with the seeds, of which each process has two."""
   for process in range(2):
     assert found[f"seeds-two-{process}"] == {kind: [[1], [[0, 1]]] for kind in ("Explicit", "Auto")}
+
+
+def test_seeds_that_other_processes_have_are_migrated(found):
+  for process in range(2):
+    assert found[f"migrate-two-{process}"] == [3]
 
 
 def test_loss_of_a_process_is_an_error(found):

@@ -502,7 +502,7 @@ def test_check_cost_of_exact_rows():
   }
   cost = sedjax.check_cost(tracker(SKETCHES["exact"]), params)
   assert cost.broken() == ()
-  assert 0 < sum(numbers for _, numbers in cost.collectives) <= cost.total_allowed == 3 * 4 + 5
+  assert 0 < sum(numbers for _, numbers in cost.collectives) <= cost.total_allowed == 3 * 4 + 6
 
 
 def test_check_cost_agrees_with_the_promise():
@@ -520,6 +520,13 @@ def test_check_cost_agrees_with_the_promise():
     assert cost.state_bytes <= (3 + 3) * DIM * 4 + 2**16
     assert (cost.total_allowed is None) == (kind == "Auto" and specs is None)
     assert "The promise holds" in str(cost)
+
+
+def test_a_dense_map_gathers_nothing_over_automatic_axes():
+  split = jax.NamedSharding(mesh_of(AxisType.Auto), P(None, "x", "y"))
+  params = {"stack": jax.ShapeDtypeStruct((8, 64, 32), jnp.float32, sharding=split)}
+  cost = sedjax.check_cost(tracker(sedjax.sketch.gaussian(32)), params)
+  assert 0 < max(numbers for _, numbers in cost.collectives) <= 32
 
 
 def test_check_cost_finds_what_is_broken():
@@ -637,7 +644,10 @@ def test_init_inside_shard_map():
   state = first(tracker(SKETCHES["count"], axis_name=specs))
   tx = tracker(SKETCHES["count"])
   _, expected = tx.update(STEPS[0], tx.init(STEPS[0]))
-  np.testing.assert_array_equal(state.trackers["spectral_edge"].counters, expected.trackers["spectral_edge"].counters)
+  state, expected = state.trackers["spectral_edge"], expected.trackers["spectral_edge"]
+  np.testing.assert_array_equal(state.counters, expected.counters)
+  np.testing.assert_allclose(state.rows, expected.rows, atol=1e-4)
+  assert np.any(expected.rows)
   with pytest.raises(ValueError, match="init was called inside a shard_map over"):
     first(tracker(SKETCHES["count"], axis_name=("x", "y")))
 
@@ -660,9 +670,21 @@ def test_exact_rows_that_are_not_sharded_as_the_parameters():
       with pytest.raises(ValueError, match="exact rows in the state are not sharded as the parameters are"):
         jax.jit(tx.update)(place(STEPS[0], specs, mesh), state)
       jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)  # what was recorded is still there
+    with pytest.raises(ValueError, match="exact rows in the state are not sharded as the parameters are"):
+      jax.jit(tx.update)(place(STEPS[0], REPLICATED, mesh), other)
+    both = tracker(SKETCHES["exact"], source="params")
+    state, params = both.init(place(STEPS[0], specs, mesh)), place(STEPS[0], specs, mesh)
+    whole = both.init(place(STEPS[0], REPLICATED, mesh)).trackers["spectral_edge"].base
+    state = sedjax.SpectralEdgeState({"spectral_edge": state.trackers["spectral_edge"]._replace(base=whole)})
+    with pytest.raises(ValueError, match="exact rows in the state are not sharded as the parameters are"):
+      jax.jit(both.update)(params, state, params)
   tx = tracker(SKETCHES["exact"], axis_name=("x", "y"))
   state, mesh = tx.init(STEPS[0]), mesh_of(AxisType.Auto)
   splits = jax.tree.map(lambda _: P(), state)
+  update = jax.shard_map(lambda u, s: tx.update(u, s)[1], mesh=mesh, in_specs=(specs, splits), out_specs=splits)
+  with pytest.raises(ValueError, match=r"give jax.shard_map the spec P\(None, \*spec\) for each"):
+    jax.jit(update)(place(STEPS[0], specs, mesh), state)
+  splits = state_specs(state, {**specs, "up": P(None, "x"), "down": P(None, "x")})  # others than those of the blocks
   update = jax.shard_map(lambda u, s: tx.update(u, s)[1], mesh=mesh, in_specs=(specs, splits), out_specs=splits)
   with pytest.raises(ValueError, match=r"give jax.shard_map the spec P\(None, \*spec\) for each"):
     jax.jit(update)(place(STEPS[0], specs, mesh), state)
