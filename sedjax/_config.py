@@ -58,9 +58,11 @@ class Config:
       value = getattr(self, name)
       if not _is_int(value) or not least <= value < 2**31:
         raise ValueError(f"{name} must be an int >= {least} and < 2**31, got {value!r}.")
+      object.__setattr__(self, name, int(value))  # of NumPy's scalars, which no file takes, Python's own
     most = max(self.windows) - 1
     if self.k_max is not None and (not _is_int(self.k_max) or not 1 <= self.k_max <= most):
       raise ValueError(f"k_max must be None or an int in 1…{most} (the largest window less one), got {self.k_max!r}.")
+    object.__setattr__(self, "k_max", None if self.k_max is None else int(self.k_max))
     if self.sketch is None:
       object.__setattr__(self, "sketch", sketch.count())
     if not isinstance(self.sketch, sketch.Count | sketch.Gaussian | sketch.Exact):
@@ -84,6 +86,7 @@ class Config:
     momentum = self.momentum
     if isinstance(momentum, bool) or not isinstance(momentum, int | float | np.floating) or not 0 <= momentum <= 0.9999:
       raise ValueError(f"momentum must be a float in [0, 0.9999], the optimizer's β₁, got {momentum!r}.")
+    object.__setattr__(self, "momentum", float(momentum))
 
   @property
   def windows(self) -> tuple[int, ...]:

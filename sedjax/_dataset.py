@@ -48,6 +48,9 @@ FIELDS = {
 }
 # Attributes that NetCDF or the record itself has.
 RESERVED = ("record_version", "DIMENSION_LIST", "REFERENCE_LIST", "CLASS", "NAME", "_Netcdf4Dimid", "_NCProperties")
+_OPTIONS = ("every", "source", "momentum", "k_max")
+# Attributes that a tracker's arguments have.
+TOLD = (*_OPTIONS, "windows", "sketch", "sketch_id")
 DTYPES = {name: "<i4" for name in INTEGERS} | {"edge_ambiguous": "?"}
 
 
@@ -166,7 +169,7 @@ def provenance(config: core.Config | None, device: Any) -> dict[str, Any]:
     found["device"] = f"{device.platform} ({device.device_kind})"
   if config is not None:
     sketch = config.sketch
-    found |= {name: getattr(config, name) for name in ("every", "source", "momentum", "k_max")}
+    found |= {name: getattr(config, name) for name in _OPTIONS}
     found["windows"] = list(config.windows)
     found["sketch"] = f"{type(sketch).__name__.lower()}, dim {sketch.dim}, seed {sketch.seed}"
   return found

@@ -47,7 +47,8 @@ def replacing(path: Path) -> Iterator[Path]:
       os.fsync(file.fileno())
     os.replace(new, path)
   finally:
-    new.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # as where it is in no folder
+      new.unlink()
 
 
 def read_into(fd: int, offset: int, out: np.ndarray) -> None:

@@ -15,14 +15,13 @@ import jax
 import numpy as np
 
 from sedjax._compile import ROW_OPTIONS, compiling, known
-from sedjax._count import WIDE, Hashes, Piece, row_signs
+from sedjax._count import HASH_ROWS, WIDE, Hashes, Piece, row_signs
 from sedjax._selection import Leaf, Selection, aligned
 from sedjax._strided import chunk_sums, stride_of
 from sedjax.sketch import Count, as_real
 
 _PLAIN = 2**18  # numbers of tensors that NumPy sketches, in less time than it takes to compile for them
 _CHUNK = 3 * 2**19  # numbers, about, that one call of a compiled function sums
-_BLOCK = 32  # rows that share a hash: chunks begin at a multiple of it
 _KEPT = 2**16  # numbers of a tensor's hashes or signs that are kept from checkpoint to checkpoint
 
 
@@ -53,7 +52,7 @@ def _compiled_chunk(rows: int, columns: int, dtype: np.dtype, stride: int) -> co
       call = jax.jit(function, compiler_options=known(**ROW_OPTIONS))
       # A call, since what `compile` returns takes ten times as long to be called as a jitted function.
       x = aligned(rows * columns, dtype).reshape(rows, columns)
-      call(x, np.zeros(rows // _BLOCK, np.uint32), np.zeros(columns, np.uint32)).block_until_ready()
+      call(x, np.zeros(rows // HASH_ROWS, np.uint32), np.zeros(columns, np.uint32)).block_until_ready()
       return call
 
   return compiling(program)
@@ -81,9 +80,9 @@ class Part(NamedTuple):
 
 def _chunk_rows(rows: list[int], columns: int) -> int:
   """Rows of a chunk for tensors of so many rows: as many as the smallest has, or a part of it."""
-  smallest = min(rows) // _BLOCK
-  parts = -(-smallest * _BLOCK * columns // _CHUNK)
-  return -(-smallest // parts) * _BLOCK
+  smallest = min(rows) // HASH_ROWS
+  parts = -(-smallest * HASH_ROWS * columns // _CHUNK)
+  return -(-smallest // parts) * HASH_ROWS
 
 
 class Sketcher:
@@ -103,7 +102,7 @@ class Sketcher:
       stride = stride_of(leaf.dtype, plan.per_bucket, WIDE)
       way = _Way(leaf.path, (plan.rows, columns), plan.per_bucket, plan.buckets, plan.offset, stride, 0)
       self._ways[leaf.path] = way
-      if leaf.info.size > _PLAIN and plan.rows >= _BLOCK:
+      if leaf.info.size > _PLAIN and plan.rows >= HASH_ROWS:
         # By the rows of a bucket rather than the stride: of larger tensors chunks are larger.
         alike[columns, leaf.dtype, plan.per_bucket].append(way)
     for (columns, dtype, _), ways in alike.items():
@@ -116,7 +115,7 @@ class Sketcher:
     way = self._ways.get(leaf.path)
     if way is None:
       return [Part(0, 0, 0)]
-    whole = way.shape[0] // _BLOCK * _BLOCK if way.chunk else 0
+    whole = way.shape[0] // HASH_ROWS * HASH_ROWS if way.chunk else 0
     parts = []
     for first in range(0, whole, way.chunk or 1):
       start = min(first, whole - way.chunk)  # the last chunk begins with rows of the one before it
@@ -137,7 +136,7 @@ class Sketcher:
     if part.rows == way.chunk:
       hashes = _hashes(self._sketch, way.path, way.shape)
       call = _compiled_chunk(way.chunk, columns, x.dtype, way.stride).result()
-      keys = hashes.rows[part.start // _BLOCK : (part.start + part.rows) // _BLOCK]
+      keys = hashes.rows[part.start // HASH_ROWS : (part.start + part.rows) // HASH_ROWS]
       with jax.enable_x64(True):
         sums = np.asarray(call(x, keys, hashes.columns))
       if way.stride < way.per_bucket:
@@ -172,7 +171,7 @@ def _kept_hashes(sketch: Any, path: str, shape: tuple[int, ...]) -> Hashes:
 
 
 def _hashes(sketch: Any, path: str, shape: tuple[int, ...]) -> Hashes:
-  few = sum(shape[-1:]) + math.prod(shape[:-1]) // _BLOCK <= _KEPT
+  few = sum(shape[-1:]) + math.prod(shape[:-1]) // HASH_ROWS <= _KEPT
   return (_kept_hashes if few else _kept_hashes.__wrapped__)(sketch, path, shape)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sedjax import _drawing, _sections, record
 from sedjax._dataset import storable
+from sedjax._files import replacing
 from sedjax._html import escape
 from sedjax._page_style import GLOSSARY, STYLE
 from sedjax._summary import NEEDED, Facts
@@ -47,18 +48,12 @@ def write_page(
   """
   target = Path(out).resolve()  # a link stays
   _check_target(target, os.fspath(out))
-  try:  # first, so that a place that cannot be written to is told before the record is read
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".sedjax.")
-  except OSError as error:
-    raise ValueError(f"sedjax report: {out} cannot be written: {error.strerror}.") from error
-  try:
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-      file.write(make_page(source, name=storable(name), window=window, group=group))
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, target)
-  except BaseException:
-    os.unlink(temporary)
-    raise
+  with contextlib.ExitStack() as stack:
+    try:  # first, so that a place that cannot be written to is told before the record is read
+      file = stack.enter_context(open(stack.enter_context(replacing(target)), "w", encoding="utf-8"))
+    except OSError as error:
+      raise ValueError(f"sedjax report: {out} cannot be written: {error.strerror}.") from error
+    file.write(make_page(source, name=storable(name), window=window, group=group))
 
 
 def _check_target(target: Path, given: str) -> None:

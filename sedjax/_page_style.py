@@ -6,7 +6,8 @@ values σ₁ ≥ σ₂ ≥ … say how coherent the motion is.</dd>
 <dt>Edge, k*, gap ratio</dt><dd>The place of the largest ratio σ_k/σ_(k+1), and that ratio. What is before it is signal,
 after it noise.</dd>
 <dt>Noise</dt><dd>What an optimizer of the recorded momentum shows on white noise, in rows as long as the recorded
-ones, through the same sketch. A ratio exceeds the line less than once in 10⁵ rows of it.</dd>
+ones, through the same sketch. A ratio exceeds the line less than once in 10⁵ rows of it, where the effective dimension
+is many times the window.</dd>
 <dt>Phase</dt><dd>Told while training goes on, without hindsight: <i>no edge</i> (within noise), <i>rise</i>,
 <i>plateau</i> (at least 0.85 of the peak) and <i>collapse</i>. Runs that never generalize have them, too.</dd>
 <dt>Ambiguous</dt><dd>Another place’s ratio is within the sketch’s error of the largest one.</dd>

@@ -170,8 +170,8 @@ def edge_section(facts: Facts) -> str:
   elif math.isfinite(dim):
     error = number(100 / math.sqrt(max(dim, 1)), 2)
     sure.append(
-      f"Ratios have a standard error of {error}\u00a0% or less (√(1/d), with an effective dimension d of at least "
-      f"{dim:,.0f})."
+      f"Ratios have a standard error of about {error}\u00a0% (√(1/d), with an effective dimension d of at least "
+      f"{dim:,.0f}), and more where singular values are near each other."
     )
   places = sums.places[facts.at].sum(0)
   if np.count_nonzero(places) > 1:

@@ -82,8 +82,8 @@ class Report(NamedTuple):
 
   All fields may carry leading axes (seeds, history). Lengths are in the parameters' own unit. While the window fills,
   `k_star`, `gap_ratio`, `null_ratio` and `turning` are 0, and all else is that of the rows so far; before the first row
-  everything is 0 but `status`, which is WINDOW_FILLING. A window in which a group has rows of zeros, as when it is
-  frozen, is not full for that group.
+  everything is 0 but the counts of skipped steps and `status`, which has WINDOW_FILLING. A window in which a group has
+  rows of zeros, as when it is frozen, is not full for that group.
 
   Attributes:
     singular_values: float32[W], descending, of the window's rows; 0 for rows not yet there.
@@ -92,8 +92,8 @@ class Report(NamedTuple):
     k_star: int32, 1-based place of the largest ratio up to k_max; 0 while the window fills.
     gap_ratio: float32, the ratio at k_star, or 0.
     null_ratio: float32, what noise of the same momentum, in rows of the same norms, exceeds at k_star less than once in
-      10⁵ rows, or 0.
-    edge_ambiguous: bool, another place's ratio is within three standard errors of the sketch of the winner.
+      10⁵ rows where effective dimensions are many times the window, or 0.
+    edge_ambiguous: bool, another place's ratio is within 0.1 % or three standard errors of the sketch of the winner.
     pc1_fraction: float32 in [0, 1], share of the largest singular value in the sum of squares.
     k95: int32, the fewest singular values that hold 95 % of the sum of squares.
     drift_speed: float32, norm of the mean row.

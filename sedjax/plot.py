@@ -256,8 +256,8 @@ def fidelity(
 ) -> Any:
   """Draws the sketch's effective dimension d over time and, on the right, a ratio's standard error √(1/d) from it.
 
-  A singular value seen through d numbers has a relative variance of 1/(2d), a ratio of two the sum of both. Rows of an
-  exact sketch have no such error.
+  A singular value seen through d numbers has a relative variance of 1/(2d), a ratio of two the sum of both; more where
+  singular values are near each other. Rows of an exact sketch have no such error.
 
   Args:
     record, ax, seed, window, group: see the module; all seeds (median and range) unless one is given.

@@ -33,6 +33,7 @@ from sedjax._dataset import (
   DTYPES,
   FIELDS,
   RESERVED,
+  TOLD,
   VERSION,
   WHOLE,
   arrange,
@@ -154,6 +155,8 @@ class Recorder:
         raise ValueError(
           f"sedjax.record: an attribute cannot be named {key!r}; the file has no such names, or uses it."
         )
+      if self._tracked and key in TOLD:
+        raise ValueError(f"sedjax.record: attribute {key!r} is what tracker= says; give yours another name.")
     check_file(self.path)
     check_file(journal_of(self.path))
     try:

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -44,6 +45,28 @@ track = sedjax.track_spectral_edge
 def test_construction(options, words):
   with pytest.raises(ValueError, match=words):
     track(**options)
+
+
+def test_numpy_scalars_become_pythons_own():
+  """Whatever writes them into a file need not know others."""
+  options = {"window": 4, "every": 2, "k_max": 3, "momentum": 0.5, "history": 1}
+  kinds = {"momentum": np.float32}
+  config = sedjax.core.Config(**{name: kinds.get(name, np.int64)(value) for name, value in options.items()})
+  assert config == sedjax.core.Config(**options)
+  assert {name: type(getattr(config, name)) for name in options} == {
+    "window": tuple, "every": int, "k_max": int, "momentum": float, "history": int
+  }  # fmt: skip
+  sketch = sedjax.sketch.Count(np.int32(64), np.uint8(1))
+  assert (type(sketch.dim), type(sketch.seed)) == (int, int)
+
+
+@pytest.mark.parametrize("kind", ["Count", "Gaussian"])
+def test_sketch_classes_check_as_their_functions_do(kind):
+  for dim, seed, words in ((-5, 0, "dim must be an int in .* got -5"), (16.5, 0, "got 16.5"), (16, -1, "seed must")):
+    with pytest.raises(ValueError, match=words):
+      getattr(sedjax.sketch, kind)(dim, seed)
+  with pytest.raises(ValueError, match=r"sketch.exact: there is no sketch"):
+    sedjax.sketch.exact().apply("w", PARAMS["w"])
 
 
 @pytest.mark.parametrize("option", ["window", "every", "momentum"])
@@ -103,7 +126,7 @@ def test_params_are_needed(jit):
 @pytest.mark.parametrize("source", ["updates", "params"])
 def test_steps_that_are_no_integers(step, source):
   tx = track(source=source)
-  with pytest.raises(ValueError, match=r"sed_step must be an integer scalar of 32 bits, got "):
+  with pytest.raises(ValueError, match=r"sed_step must be an integer scalar of 32 bits or more, and below .* got "):
     tx.update(PARAMS, tx.init(PARAMS), PARAMS, sed_step=step)
 
 

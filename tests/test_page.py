@@ -107,8 +107,8 @@ def with_bit(made, bit, **where):
   ("title", "change"),
   [
     ("Window not full.", lambda r: r.isel(step=slice(7))),
-    ("Short rows.", lambda r: r.assign_attrs(every=1)),
-    ("Momentum explains PC1.", lambda r: r.assign_attrs(momentum=0.99)),
+    ("Short rows.", lambda r: r.assign_attrs(every=9)),
+    ("Momentum explains PC1.", lambda r: r.assign_attrs(momentum=0.95)),
     ("Effective dimension low.", lambda r: with_bit(r, Status.LOW_EFFECTIVE_DIM, step=400)),
     ("Steps skipped: not finite.", lambda r: with_bit(r, Status.NONFINITE_SKIPPED, step=400)),
     ("Steps skipped: zero updates.", lambda r: with_bit(r, Status.ZERO_SKIPPED, group="head")),

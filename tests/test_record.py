@@ -909,6 +909,14 @@ def test_text_that_hdf5_cannot_store(tmp_path):
     recorder_of(tmp_path / "other.nc", attrs={"record_version": 99})
 
 
+@pytest.mark.parametrize("name", ["source", "every", "momentum", "windows", "sketch", "sketch_id"])
+def test_attributes_that_the_tracker_has(tmp_path, name):
+  """Else the record could not be continued, or the page would go by what the user called so."""
+  with pytest.raises(ValueError, match=f"attribute '{name}' is what tracker= says; give yours another name"):
+    Recorder(tmp_path / "run.nc", tracker=OPTIONS, attrs={name: "imagenet"})
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_steps_ascend(tmp_path):
   with recorder_of(tmp_path / "run.nc") as recorder:
     recorder.append(3, report_of(3))
