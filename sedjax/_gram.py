@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -42,6 +43,16 @@ def add_pairs(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[jax.Array, jax.Ar
   low = (a[0] - (high - part)) + (b[0] - part) + a[1] + b[1]
   total = high + low
   return total, low - (total - high)
+
+
+def sum_pairs(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+  """Sum of double-floats of one shape, in a loop.
+
+  Of one expression XLA on CPU would make every part again wherever it is used: twice as long with each number.
+  """
+  high, low = (jnp.stack(part) for part in zip(*pairs, strict=True))
+  total, _ = jax.lax.scan(lambda total, pair: (add_pairs(total, pair), None), (high[0], low[0]), (high[1:], low[1:]))
+  return total
 
 
 def precise_dot(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

@@ -293,23 +293,25 @@ def _exact_column(
     peaks = jnp.stack([_peak([row[i] for i in group]) for group in members])
     scale = 2 * _gram.power_of_two(_placement.pmax(peaks, layout.axes))
     scales = scales.at[:, slot].set(scale)
-    zero = jnp.zeros((config.slots,), jnp.float32)
+    zero = jnp.zeros((config.slots + 1,), jnp.float32)
     highs, lows, sums = [], [], []
     for g, group in enumerate(members):
       unit = jnp.where(scales[g] > 0, scales[g], 1)
-      pair, own, fourth = (zero, zero), (zero[:1], zero[:1]), jnp.float32(0)
+      pairs, fourth = [] if group else [(zero, zero)], jnp.float32(0)  # products with all slots, and with itself
       for i in group:
         axes = tuple(range(1, blocks[i].ndim))
         lead = (slice(None), *(None for _ in axes))
         mine = _placement.is_first(_speaks(layout, tracked[i]))
         new = jnp.where(mine & (scale[g] > 0), row[i] / jnp.where(scale[g] > 0, scale[g], 1), 0)[None]
         scaled = jnp.where(scales[g][lead] > 0, blocks[i] / unit[lead], 0)
-        pair = _gram.add_pairs(pair, _gram.precise_dot(scaled, new, axes))
-        own = _gram.add_pairs(own, _gram.precise_dot(new, new, axes))
+        with_all, with_itself = _gram.precise_dot(scaled, new, axes), _gram.precise_dot(new, new, axes)
+        high, low = map(jnp.append, with_all, with_itself)
+        pairs.append((high, low))
         fourth = fourth + (new**4).sum()
-      highs.append(pair[0].at[slot].set(own[0][0]))
-      lows.append(pair[1].at[slot].set(own[1][0]))
-      sums.append(jnp.stack([own[0][0], fourth]))
+      high, low = _gram.sum_pairs(pairs)
+      highs.append(high[:-1].at[slot].set(high[-1]))
+      lows.append(low[:-1].at[slot].set(low[-1]))
+      sums.append(jnp.stack([high[-1], fourth]))
     column, sums = jnp.stack([jnp.stack(highs), jnp.stack(lows)]), jnp.stack(sums)
     if layout.axes:
       column, sums = _gram.psum_pairs(column, sums, layout.axes)

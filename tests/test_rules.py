@@ -335,6 +335,19 @@ def test_one_eigenproblem_comes_after_the_other(sketch):
   assert len(solvers) == 2 * 3
 
 
+def test_exact_rows_of_many_leaves():
+  """Their inner products are added up in a loop: as one expression they would take years on a CPU."""
+  rng = np.random.default_rng(0)
+  steps = [{f"layer{i}": rng.normal(size=(7, 5)).astype(np.float32) for i in range(64)} for _ in range(4)]
+  tx = sedjax.track_spectral_edge(3, sketch=sedjax.sketch.exact())
+  state, update = tx.init(steps[0]), jax.jit(lambda u, s: tx.update(u, s)[1], **oracles.AS_USERS_COMPILE)
+  for step in steps:
+    state = update(step, state)
+  rows = np.stack([np.concatenate([leaf.ravel() for leaf in step.values()]) for step in steps[1:]]).astype(np.float64)
+  expected = np.linalg.svd(rows, compute_uv=False)
+  np.testing.assert_allclose(sedjax.get_report(state).singular_values, expected, rtol=2e-6)
+
+
 def test_history_is_the_last_reports():
   updates = {"w": jnp.asarray(updates_with({}, 9))}
   state, reports = reports_of(_tracker(3, 1, COUNT, history=4), updates, updates)
