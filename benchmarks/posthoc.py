@@ -306,7 +306,7 @@ def store(
   reads: list[dict[str, Any]],
   exact: list[list[float]],
 ) -> None:
-  import provenance
+  import provenance  # not before: processes would inherit the memory that JAX takes
   import scipy.stats
 
   ways = {}

@@ -17,8 +17,8 @@ from sedjax import _placement
 from sedjax._count import HASH_ROWS, Piece, Plan, flip, folded_sum, index_hash, part_of, plan_of, sign_bits, sign_shift
 from sedjax._strided import aligned, block_sums
 
-# Laps around a sketch that a term may make; with those of others its are added up in one kernel.
-_LAPS = 4
+# Laps around the sketch of a term at most: those of all terms are added up in one kernel, and longer terms are folded.
+_MOST_LAPS = 4
 # On CPU: numbers of a block that are signed at a time, since CPU contractions store their operands.
 _CHUNK = 2**20
 
@@ -97,14 +97,14 @@ def gathered(vector: jax.Array) -> jax.Array:
   return lax.with_sharding_constraint(vector, jax.NamedSharding(mesh, jax.P()))
 
 
-def _placed_sums(piece: Piece, plan: Plan, sums: jax.Array, dim: int, most: int) -> jax.Array:
-  """float32[at most `most`]: what bucket sums [g, n] of a leaf or block add, from the leaf's first bucket on.
+def _placed_sums(piece: Piece, plan: Plan, sums: jax.Array, dim: int, laps: int) -> jax.Array:
+  """float32[at most laps·dim]: what bucket sums [g, n] of a leaf or block add, from the leaf's first bucket on.
 
-  Where they are more than `most`, a multiple of dim, they are folded around the sketch.
+  Where they are more, they are folded into one lap around the sketch.
   """
   if piece.start is None or sums.shape[1] == plan.columns:
     flat = sums.reshape(-1)
-  elif plan.buckets == 1 and plan.columns > most:  # else there would be the whole leaf's columns on each device
+  elif plan.buckets == 1 and plan.columns > laps * dim:  # else there would be the whole leaf's columns on each device
     flat = folded_sum(sums.reshape(-1), dim)
     first = jnp.asarray(piece.start[-1], jnp.uint32) % np.uint32(dim)
     return jnp.roll(jnp.pad(flat, (0, dim - flat.size)), first.astype(jnp.int32))
@@ -113,7 +113,7 @@ def _placed_sums(piece: Piece, plan: Plan, sums: jax.Array, dim: int, most: int)
     at = jnp.asarray(piece.start[-1], jnp.int32)
     padded = lax.pad(sums, sums.dtype.type(0), ((0, 0, 0), (plan.columns, plan.columns, 0)))
     flat = lax.dynamic_slice_in_dim(padded, plan.columns - at, plan.columns, 1).reshape(-1)
-  return folded_sum(flat, dim) if flat.size > most else flat
+  return folded_sum(flat, dim) if flat.size > laps * dim else flat
 
 
 def _folding_rule(piece: Piece, plan: Plan, dim: int, part: Any) -> Callable[..., jax.Array]:
@@ -126,7 +126,7 @@ def _folding_rule(piece: Piece, plan: Plan, dim: int, part: Any) -> Callable[...
   def folded(x: jax.Array, grid: Any, start: tuple[Any, ...]) -> jax.Array:
     block = piece._replace(array=x, start=start)
     sums = _bucket_sums(block, plan, plan.buckets, part, grid)
-    return _placed_sums(block, plan, sums, dim, dim)
+    return _placed_sums(block, plan, sums, dim, laps=1)
 
   def whole(x: jax.Array, grid: Any) -> jax.Array:
     return folded(x, grid, (0,) * x.ndim)
@@ -195,7 +195,7 @@ def indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any, alone:
 
     on_gpu = strided if jax.default_backend() == "gpu" and aligned(piece) else chunked
     sums = lax.platform_dependent(piece.array, piece.start, grid, cpu=chunked, cuda=on_gpu, default=direct)
-  return plan.offset, _placed_sums(piece, plan, sums, dim, _LAPS * dim)
+  return plan.offset, _placed_sums(piece, plan, sums, dim, _MOST_LAPS)
 
 
 def sum_terms(terms: list[tuple[int, jax.Array]], dim: int) -> jax.Array:

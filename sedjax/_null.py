@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import numpy as np
 
@@ -31,14 +30,6 @@ def row_covariance(rows: int, momentum: float, every: int) -> np.ndarray:
   by_lag = np.concatenate([[own], momentum ** ((lags - 1) * float(every) + 1) * mean**2])
   index = np.arange(rows)
   return by_lag[np.abs(index[:, None] - index[None, :])]
-
-
-def share_of_steps(grid: np.ndarray, dims: Any, xp: Any = np) -> Any:
-  """[..., D - 1]: how much of each step of a grid of log2 dimensions [D] lies below dimensions [...].
-
-  With the differences of what is known at the grid's points, they interpolate linearly between these.
-  """
-  return xp.clip((xp.log2(xp.maximum(dims, 1))[..., None] - grid[:-1]) / np.diff(grid), 0, 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -71,8 +62,7 @@ def noise_ratios(window: int, momentum: float, every: int) -> tuple[np.ndarray, 
 
   at_once = max(1, _AT_ONCE // window**2)
   for i, dim in enumerate(dims):
-    parts = [squares(dim, min(at_once, _DRAWS - done)) for done in range(0, _DRAWS, at_once)]
-    found = np.concatenate(parts)
+    found = np.concatenate([squares(dim, min(at_once, _DRAWS - done)) for done in range(0, _DRAWS, at_once)])
     logs = np.log(found[:, :-1] / found[:, 1:]) / 2
     known = min(window, math.ceil(dim / _RANK)) - 1
     means[i, :known], deviations[i, :known] = logs.mean(0)[:known], logs.std(0)[:known]

@@ -77,7 +77,8 @@ def _noise_thresholds(window: int, momentum: float, every: int, dims: jax.Array)
   """float32[G, W - 1]: the ratios at which an edge is entered and left, at effective dimensions [G]."""
   grid, means, deviations = _null.noise_ratios(window, momentum, every)
   logs = np.concatenate([means + _null.ENTER * deviations, means + _null.LEAVE * deviations], 1)
-  below = _null.share_of_steps(grid, dims, jnp)
+  # Linear between the grid's points: how much of each of its steps lies below.
+  below = jnp.clip((jnp.log2(jnp.maximum(dims, 1))[:, None] - grid[:-1]) / np.diff(grid), 0, 1)
   steps = np.diff(logs, axis=0).astype(np.float32)
   ratios = jnp.exp(logs[0].astype(np.float32) + jnp.matmul(below, steps, precision=jax.lax.Precision.HIGHEST))
   return ratios[:, : window - 1], ratios[:, window - 1 :]

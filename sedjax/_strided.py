@@ -254,7 +254,7 @@ def strided_rows(
   plans = [plan_of(piece.path, piece.hashes, piece.array.shape, dim, seed) for piece in pieces]
   # One lot after the other, and a leaf is kept until its turn comes: so those first that are made first.
   in_turn = sorted(zip(pieces, plans, groups, strict=True), key=lambda each: each[0].rank)
-  long = [each for each in in_turn if is_long(*each[:2]) and not gpu]
+  long = [] if gpu else [each for each in in_turn if is_long(*each[:2])]
   terms = [
     term
     for piece, plan, group in in_turn

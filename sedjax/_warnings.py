@@ -122,11 +122,12 @@ def _momentum_note(facts: Facts) -> tuple[str, str] | None:
     limits = means + _null.ENTER * deviations
     dims = facts.chosen["effective_dim"].values[:, :, 0, 0] if "effective_dim" in facts.chosen else np.full(
       facts.gap.shape, 2.0 ** grid[-1])  # fmt: skip
-    place = np.clip(facts.k_star, 1, limits.shape[1]) - 1
-    below = _null.share_of_steps(grid, dims)
-    limit = np.exp(limits[0][place] + (below * np.moveaxis(np.diff(limits, axis=0)[:, place], 0, -1)).sum(-1))
+    logs = np.log2(np.maximum(dims, 1))
     edges = full & (facts.gap > facts.null)
-    doubtful = edges & (facts.gap <= limit)
+    doubtful = np.zeros_like(edges)
+    for k in np.unique(facts.k_star[edges]):
+      limit = np.exp(np.interp(logs, grid, limits[:, k - 1]))
+      doubtful |= edges & (facts.k_star == k) & (facts.gap <= limit)
     if doubtful.sum() > 0.5 * edges.sum() > 0:
       said = "records momentum 0" if facts.momentum == 0 else "does not record the optimizer’s momentum"
       return (

@@ -271,7 +271,10 @@ def _are_blocks(layout: Layout, rows: Any) -> bool:
 
 
 def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState, blocks: bool) -> TrackerState:
-  """Refuses a state that another sketch, tree or configuration made; flags what cannot be known while tracing."""
+  """Refuses a state that another sketch, tree or configuration made; flags what cannot be known while tracing.
+
+  `blocks`: each device sees blocks of the leaves and of exact rows, as inside a `shard_map`.
+  """
   expected, traced = np.asarray(_map_id(config, layout), np.int32), isinstance(state.counters, Tracer)
   if not traced:
     # In NumPy, since inside jit what is made of a state that was not traced is traced.
@@ -291,11 +294,11 @@ def _check_state(config: Config, layout: Layout, tree: Any, state: TrackerState,
     split = config.exact and layout.axes and alike[0] == alike[1] and _are_blocks(layout, state.rows)
     raise ValueError(_NOT_SHARDED if split else _STATE_CHANGED)
   if config.exact and not blocks:
-    rings = [jax.tree.leaves(rows) for rows in (state.rows, state.base)]
-    leaves = [each for some in rings if some for each in zip(some, layout.specs, layout.group, strict=True)]
-    for ring, spec, group in leaves:
-      if group is not None and _placement.explicit_spec(ring)[0] != (spec and ((),) * (ring.ndim - len(spec)) + spec):
-        raise ValueError(_NOT_SHARDED)
+    for rings in filter(None, map(jax.tree.leaves, (state.rows, state.base))):
+      for ring, spec, group in zip(rings, layout.specs, layout.group, strict=True):
+        wanted = spec and ((),) * (ring.ndim - len(spec)) + spec
+        if group is not None and _placement.explicit_spec(ring)[0] != wanted:
+          raise ValueError(_NOT_SHARDED)
   if not traced:
     return state
   parts = unpack(state)

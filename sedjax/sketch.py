@@ -53,13 +53,14 @@ class _Sketch:
   seed: int
 
   def __post_init__(self) -> None:
-    name = f"sedjax.sketch.{type(self).__name__.lower()}"
-    if isinstance(self.dim, bool) or not isinstance(self.dim, int | np.integer) or not 1 <= self.dim < 2**31:
-      raise ValueError(f"{name}: dim must be an int in [1, 2**31), got {self.dim!r}; leave it out for the default.")
-    if isinstance(self.seed, bool) or not isinstance(self.seed, int | np.integer) or not 0 <= self.seed < 2**31:
-      raise ValueError(f"{name}: seed must be an int in [0, 2**31), got {self.seed!r}.")
-    object.__setattr__(self, "dim", int(self.dim))
-    object.__setattr__(self, "seed", int(self.seed))
+    kind = f"sedjax.sketch.{type(self).__name__.lower()}"
+    for name, least in (("dim", 1), ("seed", 0)):
+      value = getattr(self, name)
+      if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**31:
+        raise ValueError(
+          f"{kind}: {name} must be an int in [{least}, 2**31), got {value!r}; leave it out for the default."
+        )
+      object.__setattr__(self, name, int(value))
 
   @property
   def sketch_id(self) -> tuple[int, int, int, int]:
