@@ -3,10 +3,14 @@
 What depends on how a program is compiled (the accuracy of exact rows) says `jax.jit(..., **oracles.AS_USERS_COMPILE)`.
 """
 
+import gc
 import os
 
+# Tracing makes many objects that stay: to look for garbage among them took a tenth of the time.
+gc.set_threshold(200_000)
 QUICK = (
-  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+  "--xla_cpu_parallel_codegen_split_count=1"
 )
 # Eight devices on a busy machine of few cores may wait long for each other.
 PATIENT = (

@@ -13,6 +13,7 @@ import scipy.signal
 import sedjax
 from sedjax import Phase, core
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SKETCHES = {"exact": sedjax.sketch.exact(), "count": sedjax.sketch.count(16384)}
 
 
@@ -33,10 +34,7 @@ def noise_phases(config, length, size, beta, seed):
 
 # Of the twelve combinations two in which each sketch occurs; the others take six times as long.
 QUICK = (("exact", 5, 0.0), ("count", 10, 0.9))
-NOISE = [
-  pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-  for case in itertools.product(SKETCHES, (5, 10, 20), (0.0, 0.9))
-]
+NOISE = [case if case in QUICK else slow(*case) for case in itertools.product(SKETCHES, (5, 10, 20), (0.0, 0.9))]
 
 
 @pytest.mark.parametrize(("sketch", "window", "beta"), NOISE)
@@ -60,7 +58,7 @@ def test_noise_of_few_dimensions_has_no_edge(sketch, size):
 
 
 @pytest.mark.parametrize("sketch", [sedjax.sketch.exact(), sedjax.sketch.count()], ids=["exact", "count"])
-@pytest.mark.parametrize("k_max", [None, 9])
+@pytest.mark.parametrize("k_max", [None, slow(9)])
 def test_noise_of_fewer_dimensions_than_rows_seldom_has_an_edge(sketch, k_max):
   """Though a ratio is infinite: that of the last direction there is to nothing. Parameters at 0 add no dimension."""
   config = core.Config(10, k_max=k_max, sketch=sketch)
@@ -117,8 +115,18 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("norms", NORMS)
-@pytest.mark.parametrize(("sketch", "beta"), [("exact", 0.0), ("count", 0.9), ("count", 0.0)])
+# Each of the norms once; the other combinations take twice as long.
+UNEQUAL = {
+  ("exact", 0.0): ("2 %", "cosine"),
+  ("count", 0.9): ("warm-up", "drop"),
+  ("count", 0.0): ("5 %", "50 %", "one large row"),
+}
+
+
+@pytest.mark.parametrize(
+  ("sketch", "beta", "norms"),
+  [(*case, norms) if norms in quick else slow(*case, norms) for case, quick in UNEQUAL.items() for norms in NORMS],
+)
 def test_noise_of_unequal_norms_has_no_edge(sketch, beta, norms):
   """Rows of noise are all but orthogonal, and their singular values as unequal as their norms."""
   rng = np.random.default_rng(0)
@@ -133,7 +141,7 @@ def test_noise_of_unequal_norms_has_no_edge(sketch, beta, norms):
 
 
 @pytest.mark.parametrize(
-  ("sketch", "size"), [(sedjax.sketch.exact(), 3000), (sedjax.sketch.count(), 2000), (sedjax.sketch.count(), 200)]
+  ("sketch", "size"), [slow(sedjax.sketch.exact(), 3000), (sedjax.sketch.count(), 2000), (sedjax.sketch.count(), 200)]
 )
 def test_noise_of_signs_has_no_edge(sketch, size):
   """As some optimizers' updates are: their fourth powers do not tell how many there are."""
@@ -146,7 +154,7 @@ def test_noise_of_signs_has_no_edge(sketch, size):
 SHAPES = [(0.2, 4, 0.2, 1.5), (1, 4, 1, 1.5), (2, 4, 2, 1.5), (5, 5, 1, 1.5), (3, 6, 1, 3.0), (10, 10, 2, 2.0)]
 
 
-@pytest.mark.parametrize("window", [10, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", [10, slow(20)])
 @pytest.mark.parametrize("sketch", SKETCHES)
 def test_planted_phases(sketch, window):
   """Each phase is entered within a window of where it was planted, in this order and no other."""

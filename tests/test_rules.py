@@ -271,9 +271,11 @@ def test_a_program_for_one_of_several_devices_is_that_for_one():
   tx = sedjax.track_spectral_edge(3)
   updates = np.random.default_rng(0).normal(size=(2, 3, 5, 130, 70)).astype(np.float32)
 
+  def step(state, x):
+    return tx.update({"w": x}, state)[1], None
+
   def one(updates):
     state = tx.init({"w": updates[0]})
-    step = lambda state, x: (tx.update({"w": x}, state)[1], None)  # noqa: E731
     return sedjax.get_report(jax.lax.scan(step, state, updates)[0]).singular_values
 
   loops = [one(x) for run in updates for x in run]
