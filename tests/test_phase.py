@@ -141,7 +141,8 @@ def test_noise_of_unequal_norms_has_no_edge(sketch, beta, norms):
 
 
 @pytest.mark.parametrize(
-  ("sketch", "size"), [slow(sedjax.sketch.exact(), 3000), (sedjax.sketch.count(), 2000), (sedjax.sketch.count(), 200)]
+  ("sketch", "size"),
+  [slow(sedjax.sketch.exact(), 3000), (sedjax.sketch.count(), 2000), slow(sedjax.sketch.count(), 200)],
 )
 def test_noise_of_signs_has_no_edge(sketch, size):
   """As some optimizers' updates are: their fourth powers do not tell how many there are."""

@@ -153,7 +153,7 @@ def test_automatic_axes(layout, dim, mesh_is_set):
   assert max((numbers for _, numbers in collectives_of(program)), default=0) <= dim
 
 
-@pytest.mark.parametrize("spec", [P("y", "x"), P(None, ("x", "y"))])
+@pytest.mark.parametrize("spec", [P("y", "x"), pytest.param(P(None, ("x", "y")), marks=pytest.mark.slow)], ids=str)
 def test_automatic_axes_that_do_not_divide_a_leaf(spec):
   """Blocks of which the last is padded; the mesh is one that arguments do not tell."""
   mesh, sketch = mesh_of(AxisType.Auto), sedjax.sketch.count(100)
@@ -238,8 +238,11 @@ def test_padding_of_leaves_that_leave_devices_empty(shape):
   np.testing.assert_allclose(jax.jit(functools.partial(step, place=place))(x, tx.init({"w": x})), alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"source": "params"}, {"groups": by_name, "every": 2}], ids=["params", "groups"])
-@pytest.mark.parametrize("spec", [P(), P("x")], ids=str)
+@pytest.mark.parametrize(
+  ("options", "spec"),
+  [({"source": "params"}, P("x")), ({"groups": by_name, "every": 2}, P())],
+  ids=["params", "groups"],
+)
 def test_an_explicit_mesh_of_one_device(options, spec):
   """Which a script for several is run on; with and without its mesh around it."""
   mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
