@@ -8,6 +8,7 @@ import os
 
 # Tracing makes many objects that stay: to look for garbage among them took a tenth of the time.
 gc.set_threshold(200_000)
+
 QUICK = (
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
   "--xla_cpu_parallel_codegen_split_count=1"

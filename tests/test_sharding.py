@@ -238,11 +238,8 @@ def test_padding_of_leaves_that_leave_devices_empty(shape):
   np.testing.assert_allclose(jax.jit(functools.partial(step, place=place))(x, tx.init({"w": x})), alone, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-  ("options", "spec"),
-  [({"source": "params"}, P("x")), ({"groups": by_name, "every": 2}, P())],
-  ids=["params", "groups"],
-)
+@pytest.mark.parametrize("options", [{"source": "params"}, {"groups": by_name, "every": 2}], ids=["params", "groups"])
+@pytest.mark.parametrize("spec", [P("x"), pytest.param(P(), marks=pytest.mark.slow)], ids=str)
 def test_an_explicit_mesh_of_one_device(options, spec):
   """Which a script for several is run on; with and without its mesh around it."""
   mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])

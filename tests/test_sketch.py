@@ -176,8 +176,13 @@ def test_all_forms_of_count_agree_bit_for_bit(shape, dim):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_all_forms_of_count_agree_when_they_work_in_small_parts(shape, monkeypatch):
   """As they do for large leaves: in chunks, with hashes made at run time, and after earlier work; and from bfloat16."""
-  small = [(_indexed, "_CHUNK", 500), (_count, "TABLE", 16), (_strided, "TABLE", 16), (_strided, "_ALIVE", 1000)]
-  small += [(_long, "_LEAST", 16)]
+  small = [
+    (_indexed, "_CHUNK", 500),
+    (_count, "TABLE", 16),
+    (_strided, "TABLE", 16),
+    (_strided, "_ALIVE", 1000),
+    (_long, "_LEAST", 16),
+  ]
   for module, name, value in small:
     assert getattr(module, name) >= 2**18
     monkeypatch.setattr(module, name, value if math.prod(shape) < 10**5 else 64 * value)
