@@ -196,7 +196,7 @@ def variance_and_error(values):
 # ---- the tests ----
 
 LARGE = [f"{energy.__name__} {m}x{n}" for energy in ENERGIES for m, n in ((1009, 61), (768, 768))]
-QUICK = [(name, 1024, 1500) for name in CASES if "768x768" not in name]
+QUICK = [(name, 1024, 1000) for name in CASES if "768x768" not in name]
 QUICK += [("spread 1009x61", 16384, 1000), ("only_ten_columns 1009x61", 16384, 1000)]
 SLOW = [(name, 1024, 8000) for name in CASES if "768x768" not in name] + [(name, 16384, 2000) for name in LARGE]
 
