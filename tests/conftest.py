@@ -27,7 +27,13 @@ os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402 - reads the environment
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 # One program at a time over the eight devices, for the same reason.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def slow(*values):
+  """A case of a parametrized test that runs with `-m slow` only."""
+  return pytest.param(*values, marks=pytest.mark.slow)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import slow
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 
@@ -56,7 +57,7 @@ def nnx_optimizer(sketch, kernel, bias):
 
 @pytest.mark.parametrize(
   "sketch",
-  [sedjax.sketch.count(64), pytest.param(sedjax.sketch.exact(), marks=pytest.mark.slow)],
+  [sedjax.sketch.count(64), slow(sedjax.sketch.exact())],
   ids=["count", "exact"],
 )
 @pytest.mark.parametrize("train", [linen_train_state, nnx_optimizer])

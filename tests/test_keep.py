@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from conftest import slow
 
 import sedjax
 from sedjax import _keep
 
 WIDTH, LAYERS = 512, 6
 LEAF_BYTES = 4 * WIDTH**2
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def tree(lead=()):

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from conftest import slow
 from contract import assert_identical, stacked, train, tree
 
 import sedjax
@@ -68,16 +69,16 @@ def in_chunks(tx, state, params, updates):
   ("before", "after", "options"),
   [
     # What the others hold, too, takes a minute more.
-    pytest.param(3, 5, {}, marks=pytest.mark.slow),
+    slow(3, 5, {}),
     (5, 3, {}),
-    pytest.param((3, 5), (4, 3), {}, marks=pytest.mark.slow),
-    pytest.param((4, 6), 6, {}, marks=pytest.mark.slow),
+    slow((3, 5), (4, 3), {}),
+    slow((4, 6), 6, {}),
     (3, 5, EVERY),
-    pytest.param(5, 3, EVERY, marks=pytest.mark.slow),
+    slow(5, 3, EVERY),
     ((3, 5), (4, 3), PARAMS),
-    pytest.param(3, 5, EXACT, marks=pytest.mark.slow),
+    slow(3, 5, EXACT),
     ((3, 5), (4, 3), EXACT | EVERY),
-    pytest.param(5, 3, EXACT | PARAMS, marks=pytest.mark.slow),
+    slow(5, 3, EXACT | PARAMS),
   ],
   ids=str,
 )

@@ -9,11 +9,11 @@ import numpy as np
 import oracles
 import pytest
 import scipy.signal
+from conftest import slow
 
 import sedjax
 from sedjax import Phase, core
 
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SKETCHES = {"exact": sedjax.sketch.exact(), "count": sedjax.sketch.count(16384)}
 
 

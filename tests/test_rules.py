@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from conftest import slow
 
 import sedjax
 from sedjax import Phase, Status, core
@@ -250,8 +251,8 @@ def test_reading_parameters_stores_none_of_them(dtype):
   [
     (sedjax.sketch.count(), "updates"),
     (sedjax.sketch.exact(), "params"),
-    pytest.param(sedjax.sketch.count(), "params", marks=pytest.mark.slow),
-    pytest.param(sedjax.sketch.exact(), "updates", marks=pytest.mark.slow),
+    slow(sedjax.sketch.count(), "params"),
+    slow(sedjax.sketch.exact(), "updates"),
   ],
   ids=["count", "exact, params", "count, params", "exact"],
 )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import slow
 from jax.sharding import AxisType
 
 import sedjax
@@ -153,7 +154,7 @@ def test_automatic_axes(layout, dim, mesh_is_set):
   assert max((numbers for _, numbers in collectives_of(program)), default=0) <= dim
 
 
-@pytest.mark.parametrize("spec", [P("y", "x"), pytest.param(P(None, ("x", "y")), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("spec", [P("y", "x"), slow(P(None, ("x", "y")))], ids=str)
 def test_automatic_axes_that_do_not_divide_a_leaf(spec):
   """Blocks of which the last is padded; the mesh is one that arguments do not tell."""
   mesh, sketch = mesh_of(AxisType.Auto), sedjax.sketch.count(100)
@@ -239,7 +240,7 @@ def test_padding_of_leaves_that_leave_devices_empty(shape):
 
 
 @pytest.mark.parametrize("options", [{"source": "params"}, {"groups": by_name, "every": 2}], ids=["params", "groups"])
-@pytest.mark.parametrize("spec", [P("x"), pytest.param(P(), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("spec", [P("x"), slow(P())], ids=str)
 def test_an_explicit_mesh_of_one_device(options, spec):
   """Which a script for several is run on; with and without its mesh around it."""
   mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
@@ -325,9 +326,7 @@ def test_vmapped_seeds_of_sharded_models():
   assert_same(jax.device_get(sedjax.get_reports(sharded)), jax.device_get(sedjax.get_reports(state)))
 
 
-@pytest.mark.parametrize(
-  "options", [{}, pytest.param({"every": 2, "source": "params"}, marks=pytest.mark.slow)], ids=["updates", "params"]
-)
+@pytest.mark.parametrize("options", [{}, slow({"every": 2, "source": "params"})], ids=["updates", "params"])
 def test_explicit_axes_without_set_mesh(options):
   """The state lies on the mesh of the parameters, so that a step compiles once and fits into a scan."""
   mesh = mesh_of(AxisType.Explicit)
@@ -366,8 +365,8 @@ def test_explicit_axes_without_set_mesh(options):
   "options",
   [
     {"every": 2},
-    pytest.param({"window": (3, 64), "every": 2}, marks=pytest.mark.slow),
-    pytest.param({"every": 2, "sketch": SKETCHES["exact"]}, marks=pytest.mark.slow),
+    slow({"window": (3, 64), "every": 2}),
+    slow({"every": 2, "sketch": SKETCHES["exact"]}),
   ],
   ids=["count", "windows", "exact"],
 )
@@ -420,7 +419,7 @@ def test_eigenproblems_of_several_devices_are_solved_one_by_one(sketch, vmapped)
   assert set(found) == {"f32[4,4]"}
 
 
-@pytest.mark.parametrize("sketch", ["count", pytest.param("exact", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sketch", ["count", slow("exact")])
 def test_vmapped_seeds_over_an_explicit_axis_of_models_split_over_another(sketch):
   tx = sedjax.track_spectral_edge(3, sketch=SKETCHES[sketch])
   steps = [{"w": np.stack([seed * step["odd"][:, :6] for seed in range(1, 5)])} for step in STEPS]
@@ -469,7 +468,7 @@ def test_seeds_that_are_trained_as_a_whole_inside_shard_map(sketch, source):
   assert_same(jax.device_get(sharded(steps)), jax.device_get(jax.jit(jax.vmap(train))(steps)))
 
 
-@pytest.mark.parametrize("kind", [pytest.param("Explicit", marks=pytest.mark.slow), "Auto"])
+@pytest.mark.parametrize("kind", [slow("Explicit"), "Auto"])
 def test_exact_rows_of_complex_leaves_on_meshes_of_both_kinds(kind):
   """A complex leaf has an axis more in the ring; on a mesh of two kinds of axes only one shows while tracing."""
   mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit, AxisType[kind]))

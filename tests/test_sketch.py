@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 
 import sedjax
 from sedjax import _count, _indexed, _long, _small, _strided
@@ -165,7 +166,7 @@ def assert_all_equal(rows):
     assert np.array_equal(row, expected), form
 
 
-@pytest.mark.parametrize("dim", [64, pytest.param(1024, marks=pytest.mark.slow), 16384])
+@pytest.mark.parametrize("dim", [64, slow(1024), 16384])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_all_forms_of_count_agree_bit_for_bit(shape, dim):
   x = integers(shape)

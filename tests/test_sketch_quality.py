@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 
 import sedjax
 from sedjax._rows import sketch_column
@@ -283,9 +284,7 @@ def test_effective_dimension_promises_no_more_than_there_is(name, dim, draws):
   assert got.squares.var() <= 1.5 * (2 / got.dims).mean()
 
 
-@pytest.mark.parametrize(
-  ("shape", "draws"), [((97, 101), 4000), ((512, 64), 4000), pytest.param((97, 101), 40000, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("shape", "draws"), [((97, 101), 4000), ((512, 64), 4000), slow((97, 101), 40000)])
 def test_equal_leaves_are_sketched_independently(shape, draws):
   """Two leaves of equal values: neither their inner product nor their errors go together."""
   dim = 1024
