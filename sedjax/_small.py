@@ -41,15 +41,20 @@ def lots(
       yield group, [pieces[i] for i in some], [plans[i] for i in some]
 
 
-def small_row(pieces: Sequence[Piece], plans: Sequence[Plan], dim: int, seed: int, part: Any, grid: Any) -> jax.Array:
-  """float32[dim]: what a lot of small leaves adds to a row."""
+def small_row(
+  pieces: Sequence[Piece], plans: Sequence[Plan], dim: int, seed: int, part: Any, grid: Any, wait: Any
+) -> jax.Array:
+  """float32[dim]: what a lot of small leaves adds to a row; it waits for what `wait` is made of, a 0 as uint32[]."""
   signs, places = [], []
   for piece, plan in zip(pieces, plans, strict=True):
     index = np.arange(piece.array.size, dtype=np.int32) % (plan.buckets * plan.columns)
     places.append((plan.offset + index) % dim)
     signs.append(row_signs(hashes_of(piece.path, piece.array.shape, seed), 0, plan.rows).reshape(-1) < 0)
   bits = jnp.asarray(np.concatenate(signs).astype(np.uint8)).astype(jnp.uint32) << 31
-  x = part_of(flip(jnp.concatenate([piece.array.reshape(-1) for piece in pieces]), bits), part, grid)
+  numbers = [piece.array.reshape(-1) for piece in pieces]
+  if wait is not None:
+    numbers[0] = flip(numbers[0], wait << 31).astype(numbers[0].dtype)
+  x = part_of(flip(jnp.concatenate(numbers), bits), part, grid)
   at = np.concatenate(places)
 
   def scattered(x: jax.Array) -> jax.Array:

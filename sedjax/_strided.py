@@ -285,6 +285,9 @@ def strided_rows(
   rows = [row[:dim] + row[dim:] for row in rows]
   for piece, plan, group in long:
     rows[group] = rows[group] + jnp.roll(long_row(piece, plan, dim, part, grid), plan.offset)
+  wait = None
   for group, some, their_plans in lots(pieces, plans, groups):
-    rows[group] = rows[group] + small_row(some, their_plans, dim, seed, part, grid)
+    row = small_row(some, their_plans, dim, seed, part, grid, wait)
+    rows[group] = rows[group] + row
+    wait = shared_zero_of(row.astype(jnp.float32))
   return rows

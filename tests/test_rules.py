@@ -224,6 +224,14 @@ def test_temporaries_grow_neither_with_leaves_nor_with_groups():
   assert memory.temp_size_in_bytes <= 6 * 2**20
 
 
+def test_many_small_leaves_are_not_stored_all_at_once():
+  """9 MiB of vectors are put together a lot after the other."""
+  tx, params = sedjax.track_spectral_edge(10), {f"b{i}": jax.ShapeDtypeStruct((4000,), jnp.float32) for i in range(600)}
+  update = jax.jit(lambda u, s: tx.update(u, s)[1], donate_argnums=1, **oracles.AS_USERS_COMPILE)
+  memory = update.lower(params, jax.eval_shape(tx.init, params)).compile().memory_analysis()
+  assert memory.temp_size_in_bytes <= 5 * 2**20
+
+
 @pytest.mark.parametrize("shape", [(2**24 + 5,), (2, 2**23), (24, 2**20), (1055, 2**17)], ids=str)
 def test_few_long_rows_are_stored_nowhere(shape):
   """As those that `optax.flatten` makes of a model; nor are the last rows that share a hash."""

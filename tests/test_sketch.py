@@ -174,6 +174,23 @@ def test_all_forms_of_count_agree_bit_for_bit(shape, dim):
   assert_all_equal(rows)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float8_e4m3fn"])
+def test_many_small_leaves_are_sketched_as_each_alone(dtype):
+  """In as many lots as it takes, of which one waits for the other."""
+  leaves = {f"b{i}": integers((3 + i % 2,)).astype(dtype) for i in range(300)}
+  sketch = sedjax.sketch.count(64)
+
+  def together(leaves):
+    pieces = [Piece(path, x) for path, x in leaves.items()]
+    return strided_rows(pieces, [0] * len(pieces), 1, sketch.dim, 0, None, jnp.float32(1))[0]
+
+  expected = sum(sketch.apply(path, x) for path, x in leaves.items())
+  assert np.any(expected)
+  np.testing.assert_array_equal(jax.jit(together)(leaves), expected)
+  seeds = jax.jit(jax.vmap(together))(jax.tree.map(lambda x: jnp.stack([x, -x]), leaves))
+  np.testing.assert_array_equal(seeds, [expected, -expected])
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_all_forms_of_count_agree_when_they_work_in_small_parts(shape, monkeypatch):
   """As they do for large leaves: in chunks, with hashes made at run time, and after earlier work; and from bfloat16."""
