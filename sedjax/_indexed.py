@@ -162,8 +162,16 @@ def _folding_rule(piece: Piece, plan: Plan, dim: int, part: Any) -> Callable[...
   return by_hand
 
 
-def indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any, alone: bool) -> tuple[int, jax.Array]:
-  """A place in the sketch, and what a leaf or block adds from there on; `alone`: no partitioner will see it."""
+def indexed_term(
+  piece: Piece, dim: int, seed: int, part: Any, grid: Any, alone: bool, wait: Any = 0
+) -> tuple[int, jax.Array]:
+  """A place in the sketch, and what a leaf or block adds from there on.
+
+  Args:
+    piece, dim, seed, part, grid: see `sedjax.sketch`.
+    alone: no partitioner will see it.
+    wait: a 0 as uint32[]; on CPU a block waits for what it is made of.
+  """
   piece = piece.placed()
   plan = plan_of(piece.path, piece.hashes, piece.shape, dim, seed)
   if piece.start is None:
@@ -184,17 +192,18 @@ def indexed_term(piece: Piece, dim: int, seed: int, part: Any, grid: Any, alone:
     sums = _bucket_sums(piece, plan, most, part, grid)
   else:
 
-    def chunked(array: jax.Array, start: Any, grid: Any) -> jax.Array:
+    def chunked(array: jax.Array, start: Any, grid: Any, wait: Any) -> jax.Array:
+      start = (start[0] + jnp.asarray(wait, jnp.uint32), *start[1:])
       return _chunked_bucket_sums(piece._replace(array=array, start=start), plan, plan.buckets, part, grid)
 
-    def direct(array: jax.Array, start: Any, grid: Any) -> jax.Array:
+    def direct(array: jax.Array, start: Any, grid: Any, _: Any) -> jax.Array:
       return _bucket_sums(piece._replace(array=array, start=start), plan, plan.buckets, part, grid)
 
-    def strided(array: jax.Array, start: Any, grid: Any) -> jax.Array:
+    def strided(array: jax.Array, start: Any, grid: Any, _: Any) -> jax.Array:
       return block_sums(piece._replace(array=array, start=start), plan, part, grid)
 
     on_gpu = strided if jax.default_backend() == "gpu" and aligned(piece) else chunked
-    sums = lax.platform_dependent(piece.array, piece.start, grid, cpu=chunked, cuda=on_gpu, default=direct)
+    sums = lax.platform_dependent(piece.array, piece.start, grid, wait, cpu=chunked, cuda=on_gpu, default=direct)
   return plan.offset, _placed_sums(piece, plan, sums, dim, _MOST_LAPS)
 
 

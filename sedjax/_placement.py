@@ -83,6 +83,13 @@ def on_mesh(tree: Any, mesh: Any) -> Any:
   return tree if mesh is None else jax.tree.map(put, tree)
 
 
+def varying_axes(*arrays: Any) -> frozenset[str]:
+  """The mesh axes along which arrays may differ, which inside a `jax.shard_map` are a part of types."""
+  kinds = [jax.typeof(x) for x in arrays]
+  names = [getattr(getattr(kind, "manual_axis_type", None), "varying", getattr(kind, "vma", ())) for kind in kinds]
+  return frozenset().union(*names)
+
+
 def varying_as(tree: Any, leaves: Sequence[Any]) -> Any:
   """Arrays that inside a `jax.shard_map` may differ between devices wherever one of the leaves may.
 

@@ -33,7 +33,8 @@ from sedjax._count import (
 )
 from sedjax._indexed import gathered, indexed_term, sum_terms
 from sedjax._late import by_devices
-from sedjax._placement import mesh_of
+from sedjax._order import shared_zero_of
+from sedjax._placement import mesh_of, varying_axes
 from sedjax._strided import strided_rows
 
 __all__ = ["Count", "Exact", "Gaussian", "count", "exact", "gaussian"]
@@ -88,6 +89,10 @@ class _Sketch:
     return self.rows(pieces, [0] * len(pieces), 1)[0]
 
 
+# Numbers of a row's terms that are alive at a time where leaves come in blocks: 2 MiB, and as much to place them.
+_ALIVE = 2**19
+
+
 def _count_rows(
   pieces: Sequence[Piece],
   groups: Sequence[int],
@@ -116,8 +121,15 @@ def _count_rows(
 
   def indexed(arrays: list[jax.Array], grid: Any, alone: bool = False) -> list[jax.Array]:
     terms: list[list[tuple[int, jax.Array]]] = [[] for _ in range(labels)]
+    waits: dict[Any, Any] = {}  # only what varies along the same axes can wait without a change of types
     for piece, group, array in zip(bare, groups, arrays, strict=True):
-      terms[group].append(indexed_term(piece._replace(array=array), dim, seed, part, grid, alone))
+      varying = varying_axes(array, *(piece.start or ()))
+      term = indexed_term(piece._replace(array=array), dim, seed, part, grid, alone, waits.get(varying, 0))
+      terms[group].append(term)
+      if piece.start is not None:
+        waits[varying] = shared_zero_of(term[1].astype(jnp.float32))
+        if sum(term.size for _, term in terms[group]) > _ALIVE:
+          terms[group] = [(0, sum_terms(terms[group], dim))]
     rows = [sum_terms(some, dim) if some else jnp.zeros((dim,), sum_dtype(part)) for some in terms]
     return lax.optimization_barrier([gathered(row) for row in rows])
 

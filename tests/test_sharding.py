@@ -521,6 +521,19 @@ def test_check_cost_agrees_with_the_promise():
     assert "The promise holds" in str(cost)
 
 
+@pytest.mark.parametrize("by_hand", [False, True], ids=["explicit", "shard_map"])
+def test_blocks_are_signed_one_after_the_other(by_hand):
+  """On CPU, which stores what it contracts: of 32 MiB on each device not all at once."""
+  mesh, spec = mesh_of(AxisType.Auto if by_hand else AxisType.Explicit), P("x", "y")
+  leaf = jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=jax.NamedSharding(mesh, spec))
+  params = {f"w{i}": leaf for i in range(16)}
+  specs = dict.fromkeys(params, spec) if by_hand else None
+  cost = sedjax.check_cost(tracker(SKETCHES["count"], axis_name=specs), params, specs=specs)
+  assert cost.update_bytes == 2**25
+  assert cost.temporaries <= 2**23
+  assert cost.broken() == ()
+
+
 def test_a_dense_map_gathers_nothing_over_automatic_axes():
   split = jax.NamedSharding(mesh_of(AxisType.Auto), P(None, "x", "y"))
   params = {"stack": jax.ShapeDtypeStruct((8, 64, 32), jnp.float32, sharding=split)}
