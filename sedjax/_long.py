@@ -37,9 +37,9 @@ def long_row(piece: Piece, plan: Plan, dim: int, part: int | None, grid: Any) ->
 
   def add(row: jax.Array, first: Any, count: int) -> jax.Array:
     for lap in range(0, count, dim):  # each with operations of its own: those that all share XLA would store
-      at, width = first + lap, min(dim, count - lap)
+      at, width = jnp.asarray(first + lap), min(dim, count - lap)
       bits = mix(row_hash ^ column_hashes(at, width))
-      blocks = [lax.dynamic_slice(x, (jnp.int32(i), at), (1, width))[0] for i in range(plan.rows)]
+      blocks = [lax.dynamic_slice(x, (jnp.asarray(i, at.dtype), at), (1, width))[0] for i in range(plan.rows)]
       row = row + jnp.pad(sum_rows(blocks, bits, 0, part, grid), (0, dim - width))
     return row
 

@@ -174,6 +174,15 @@ def test_all_forms_of_count_agree_bit_for_bit(shape, dim):
   assert_all_equal(rows)
 
 
+@pytest.mark.parametrize("shape", [(4, 300_000), (2**20 + 1,)], ids=str)
+def test_long_rows_with_64_bits(shape):
+  x = integers(shape)
+  expected = strided("w", x, 16384)
+  assert np.any(expected)
+  with jax.enable_x64(True):
+    np.testing.assert_array_equal(strided("w", x, 16384), expected)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float8_e4m3fn"])
 def test_many_small_leaves_are_sketched_as_each_alone(dtype):
   """In as many lots as it takes, of which one waits for the other."""
