@@ -21,10 +21,15 @@ from sedjax._strided import aligned, block_sums
 _MOST_LAPS = 4
 # On CPU: numbers of a block that are signed at a time, since CPU contractions store their operands.
 _CHUNK = 2**20
+# Columns that a contraction of narrow leaves has, and of how many leaves' columns these are at least.
+_WIDTH, _NARROW = 128, 8
 
 
-def _bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: Any) -> jax.Array:
-  """float32[g, n]: bucket sums of a leaf or block; one contraction gives at most `most` of the g."""
+def _bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: Any, stores: bool = False) -> jax.Array:
+  """float32[g, n]: bucket sums of a leaf or block; one contraction gives at most `most` of the g.
+
+  `stores`: contractions store their operands, as those of CPUs and GPUs do.
+  """
   if plan.rows == 1 and piece.start is None:
     return _signed_vector(piece.array, plan.key, grid, part=part)
   row = piece.row_index()
@@ -32,7 +37,14 @@ def _bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: Any) -> j
   shift = sign_shift(row)
   bucket = row // np.uint32(plan.per_bucket) % np.uint32(plan.buckets)
   hashes = keys, columns, shift, bucket
-  return _hashed_bucket_sums(piece.array, hashes, grid, buckets=plan.buckets, most=most, part=part)
+  few = _few(plan) if stores else 1
+  return _hashed_bucket_sums(piece.array, hashes, grid, buckets=plan.buckets, few=few, most=most, part=part)
+
+
+def _few(plan: Plan) -> int:
+  """Into how many places rows of a narrow leaf are put before they are contracted; 1 for leaves that are not narrow."""
+  few = _WIDTH // plan.columns
+  return few if _NARROW <= few <= plan.buckets else 1
 
 
 @functools.partial(jax.jit, static_argnames="part")  # vectors of one length are traced once
@@ -43,40 +55,51 @@ def _signed_vector(x: jax.Array, key: Any, grid: Any, *, part: int | None) -> ja
   return flip(part_of(x, part, grid), bits).sum(tuple(range(x.ndim - 1)))[None]
 
 
-@functools.partial(jax.jit, static_argnames=("buckets", "most", "part"))  # leaves of one shape are traced once
+@functools.partial(jax.jit, static_argnames=("buckets", "few", "most", "part"))  # leaves of one shape are traced once
 def _hashed_bucket_sums(
-  x: jax.Array, hashes: tuple[Any, ...], grid: Any, *, buckets: int, most: int, part: int | None
+  x: jax.Array, hashes: tuple[Any, ...], grid: Any, *, buckets: int, few: int, most: int, part: int | None
 ) -> jax.Array:
   keys, columns, shift, bucket = hashes
   signed = flip(part_of(x, part, grid), sign_bits(keys, columns, shift))
   leading = tuple(range(x.ndim - 1))
   if buckets == 1:
     return signed.sum(leading)[None]
-  sums = []
-  for first in range(0, buckets, most):
-    wanted = np.arange(first, min(first + most, buckets), dtype=np.uint32)
-    one_hot = (bucket[..., None] == wanted).astype(signed.dtype)
-    sums.append(lax.dot_general(one_hot, signed, ((leading, leading), ((), ())), lax.Precision.HIGHEST))
+
+  def contracted(bucket: jax.Array, signed: jax.Array, first: int, last: int) -> jax.Array:
+    one_hot = (bucket[..., None] == np.arange(first, last, dtype=np.uint32)).astype(signed.dtype)
+    return lax.dot_general(one_hot, signed, ((leading, leading), ((), ())), lax.Precision.HIGHEST)
+
+  sums, done = [], 0
+  if few > 1:
+    # In two steps, of which neither has a number for each row and each of many buckets.
+    place = bucket[..., None] % np.uint32(few) == np.arange(few, dtype=np.uint32)
+    wide = jnp.where(place[..., None], signed[..., None, :], 0)
+    sums.append(contracted(bucket // np.uint32(few), wide, 0, buckets // few).reshape(-1, x.shape[-1]))
+    done = buckets // few * few
+  sums += [contracted(bucket, signed, first, min(first + most, buckets)) for first in range(done, buckets, most)]
   return jnp.concatenate(sums)
 
 
 def _chunked_bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: Any) -> jax.Array:
   """`_bucket_sums` by parts of the first axis, for CPU, whose contractions store their operands."""
   x, start = piece.array, piece.start or (0,)
-  size = max(1, _CHUNK * x.shape[0] // x.size) if x.ndim > 1 else x.shape[0]
+  width = max(x.shape[-1], 2 * _WIDTH)
+  size = max(1, _CHUNK // (width * math.prod(x.shape[1:-1]))) if x.ndim > 1 else x.shape[0]
   whole = x.shape[0] // size
 
   def sums(first: Any, count: int) -> jax.Array:
-    array = lax.dynamic_slice_in_dim(x, first, count)
+    fixed = isinstance(first, int)
+    array = lax.slice_in_dim(x, first, first + count) if fixed else lax.dynamic_slice_in_dim(x, first, count)
     chunk = piece._replace(array=array, start=(start[0] + jnp.asarray(first, jnp.uint32), *start[1:]))
-    return _bucket_sums(chunk, plan, most, part, grid)
+    return _bucket_sums(chunk, plan, most, part, grid, stores=True)
 
   if whole <= 1:
-    return _bucket_sums(piece, plan, most, part, grid)
+    return _bucket_sums(piece, plan, most, part, grid, stores=True)
   # It begins with sums, not with zeros, which inside a shard_map would be of another type: alike on all devices.
   rest = x.shape[0] % size
   total = sums(whole * size, rest) if rest else sums(0, size)
-  return lax.fori_loop(0 if rest else 1, whole, lambda i, total: total + sums(i * size, size), total)
+  first, last = np.uint32(0 if rest else 1), np.uint32(whole)  # of 2³¹ rows and more
+  return lax.fori_loop(first, last, lambda i, total: total + sums(i * np.uint32(size), size), total)
 
 
 def may_be_split(x: jax.Array) -> bool:
@@ -116,17 +139,17 @@ def _placed_sums(piece: Piece, plan: Plan, sums: jax.Array, dim: int, laps: int)
   return folded_sum(flat, dim) if flat.size > laps * dim else flat
 
 
-def _folding_rule(piece: Piece, plan: Plan, dim: int, part: Any) -> Callable[..., jax.Array]:
+def _folding_rule(piece: Piece, plan: Plan, dim: int, part: Any, sums_of: Any) -> Callable[..., jax.Array]:
   """A function of a leaf and `grid` that gives what the leaf adds, float32[dim], for bucket sums of more numbers.
 
   Partitioners would send all of them between devices, and then fold them. So it brings a rule of its own, by which each
-  device folds those of its block. Such rules know no vmap, which does without, and no export; nor does libtpu.
+  device folds those of its block, which `sums_of` makes. Such rules know no vmap, which does without, and no export;
+  nor does libtpu.
   """
 
   def folded(x: jax.Array, grid: Any, start: tuple[Any, ...]) -> jax.Array:
     block = piece._replace(array=x, start=start)
-    sums = _bucket_sums(block, plan, plan.buckets, part, grid)
-    return _placed_sums(block, plan, sums, dim, laps=1)
+    return _placed_sums(block, plan, sums_of(block, plan, plan.buckets, part, grid), dim, laps=1)
 
   def whole(x: jax.Array, grid: Any) -> jax.Array:
     return folded(x, grid, (0,) * x.ndim)
@@ -179,17 +202,26 @@ def indexed_term(
     # contraction reads the leaf.
     most = plan.buckets if alone else max(1, dim // plan.columns)
     automatic = not alone and _is_automatic(_placement.mesh_of(piece.array))
-    if plan.buckets * plan.columns > dim and may_be_split(piece.array) and automatic:
+    countable = max(piece.shape) < 2**31  # by partitioners, in a rule
+    if plan.buckets * plan.columns > dim and may_be_split(piece.array) and automatic and countable:
 
       def plain(array: jax.Array, grid: Any) -> jax.Array:
         return folded_sum(_bucket_sums(piece._replace(array=array), plan, most, part, grid).reshape(-1), dim)
 
-      rule = _folding_rule(piece, plan, dim, part)
+      on_cpu = _folding_rule(piece, plan, dim, part, _chunked_bucket_sums)
+      on_gpu = _folding_rule(piece, plan, dim, part, _bucket_sums)
       array = lax.stop_gradient(piece.array)
-      return plan.offset, lax.platform_dependent(array, jnp.asarray(grid), cpu=rule, cuda=rule, default=plain)
+      return plan.offset, lax.platform_dependent(array, jnp.asarray(grid), cpu=on_cpu, cuda=on_gpu, default=plain)
     if plan.rows == 1:
       piece = piece._replace(array=gathered(piece.array))
-    sums = _bucket_sums(piece, plan, most, part, grid)
+
+    def sums_of(stores: bool) -> Callable[..., jax.Array]:
+      return lambda array, grid: _bucket_sums(piece._replace(array=array), plan, most, part, grid, stores)
+
+    if alone or _few(plan) == 1:
+      sums = sums_of(False)(piece.array, grid)
+    else:
+      sums = lax.platform_dependent(piece.array, grid, tpu=sums_of(False), default=sums_of(True))
   else:
 
     def chunked(array: jax.Array, start: Any, grid: Any, wait: Any) -> jax.Array:

@@ -35,15 +35,22 @@ def long_row(piece: Piece, plan: Plan, dim: int, part: int | None, grid: Any) ->
       return lax.dynamic_slice_in_dim(piece.hashes.columns, first, count)
     return index_hash(lax.iota(jnp.uint32, count) + jnp.asarray(first, jnp.uint32), plan.key)
 
+  def sliced(i: int, at: Any, width: int) -> jax.Array:
+    if isinstance(at, int):
+      return lax.slice(x, (i, at), (i + 1, at + width))[0]
+    return lax.dynamic_slice(x, (np.uint32(i), at), (1, width))[0]
+
   def add(row: jax.Array, first: Any, count: int) -> jax.Array:
     for lap in range(0, count, dim):  # each with operations of its own: those that all share XLA would store
-      at, width = jnp.asarray(first + lap), min(dim, count - lap)
+      at, width = first + lap, min(dim, count - lap)
       bits = mix(row_hash ^ column_hashes(at, width))
-      blocks = [lax.dynamic_slice(x, (jnp.asarray(i, at.dtype), at), (1, width))[0] for i in range(plan.rows)]
+      blocks = [sliced(i, at, width) for i in range(plan.rows)]
       row = row + jnp.pad(sum_rows(blocks, bits, 0, part, grid), (0, dim - width))
     return row
 
   size = dim * max(1, _SLICES // plan.rows)
   whole, rest = divmod(plan.columns, size)
   row = add(jnp.zeros((dim,), sum_dtype(part)), whole * size, rest)
-  return lax.fori_loop(0, whole, lambda i, row: add(row, i * size, size), row) if whole else row
+  if not whole:
+    return row
+  return lax.fori_loop(np.uint32(0), np.uint32(whole), lambda i, row: add(row, i * np.uint32(size), size), row)

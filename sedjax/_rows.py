@@ -181,7 +181,8 @@ def read_parameters(config: Config, layout: Layout, rows: Any, base: Any) -> tup
   grid = jnp.where(grid > 0, grid, 1)
   coarse = _sketch_row(config, layout, 0, grid)
   fine = _sketch_row(config, layout, 1, later_than(grid, coarse))  # one after the other takes half the memory
-  row = (coarse - base[0]) + (fine - base[1])
+  # TPUs would make it anew for whatever is made of it.
+  row = jax.lax.optimization_barrier((coarse - base[0]) + (fine - base[1]))
   # Gaussian weights are no multiples of the grid, and huge sums outgrow it: then float32 rounds the coarse part too.
   rounds = isinstance(config.sketch, sketch.Gaussian) | (_peak([coarse]) > grid * np.float32(2.0**23))
   error = _norm(fine) * np.float32(2.0**-22) + jnp.where(rounds, _norm(coarse) * np.float32(2.0**-21), 0)

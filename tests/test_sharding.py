@@ -521,6 +521,26 @@ def test_check_cost_agrees_with_the_promise():
     assert "The promise holds" in str(cost)
 
 
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+@pytest.mark.parametrize(("shape", "spec"), [((16384, 1), P()), ((8 * 5000, 3), P(("x", "y")))], ids=str)
+def test_narrow_leaves_have_no_number_for_each_row_and_bucket(shape, spec, kind):
+  mesh = mesh_of(AxisType[kind])
+  split = {"w": jax.NamedSharding(mesh, spec), "matrix": jax.NamedSharding(mesh, P("x"))}
+  steps = {"w": np.random.default_rng(0).normal(size=shape), "matrix": np.ones((64, 64))}
+  steps = jax.tree.map(lambda x: x.astype(np.float32), steps)
+  tx = sedjax.track_spectral_edge(3)
+  row = jax.jit(tx.update)(steps, tx.init(steps))[1].trackers["spectral_edge"].rows
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), steps, split)
+  cost = sedjax.check_cost(tx, abstract)
+  assert cost.temporaries <= 17 * 2**20
+  assert max(numbers for _, numbers in cost.collectives) <= 16384
+  with jax.set_mesh(mesh):
+    steps = jax.device_put(steps, split)
+    sharded = jax.jit(tx.update)(steps, tx.init(steps))[1].trackers["spectral_edge"].rows
+  assert np.any(row)
+  np.testing.assert_allclose(sharded, row, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("by_hand", [False, True], ids=["explicit", "shard_map"])
 def test_blocks_are_signed_one_after_the_other(by_hand):
   """On CPU, which stores what it contracts: of 32 MiB on each device not all at once."""

@@ -183,6 +183,18 @@ def test_long_rows_with_64_bits(shape):
     np.testing.assert_array_equal(strided("w", x, 16384), expected)
 
 
+@pytest.mark.slow
+def test_a_vector_of_more_than_2_31_numbers():
+  """Its places are told apart beyond what 31 bits count, in the rounds of the loop and in what they leave."""
+  x, dim = np.zeros(2**31 + 2**19 + 5, "float8_e4m3fn"), 16384
+  places = [5, 2**30, 2**31 - 1, 2**31 + 100, 2**31 + 2**18 + 77, 2**31 + 2**19 + 4]
+  x[places] = np.arange(1, 7)
+  row = np.abs(jax.jit(functools.partial(strided, "w", dim=dim))(x))
+  expected = np.zeros(dim)
+  expected[(sedjax.sketch.count(dim).offset("w") + np.array(places)) % dim] = np.arange(1, 7)
+  np.testing.assert_array_equal(row, expected)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float8_e4m3fn"])
 def test_many_small_leaves_are_sketched_as_each_alone(dtype):
   """In as many lots as it takes, of which one waits for the other."""

@@ -48,6 +48,24 @@ def test_one_chip_reads_leaves_of_any_width_once(compiled, shape):
 
 @pytest.mark.tpu
 @pytest.mark.xdist_group("tpu")
+def test_a_small_model_is_not_blamed_for_the_window(compiled):
+  """What is touched of the window's rows is a good part of what 16 MiB of updates cost."""
+  assert 1.05 < compiled["small"]["reads"] <= 1.3
+  assert compiled["small"]["broken"] == []
+
+
+@pytest.mark.tpu
+@pytest.mark.xdist_group("tpu")
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_parameters_are_read_three_times(compiled, kind):
+  """And nothing of the sketch's size is made anew for each number that is made of it."""
+  cost = compiled[f"{kind}, parameters"]
+  assert 2.97 <= cost["reads"] <= 3.2
+  assert cost["broken"] == []
+
+
+@pytest.mark.tpu
+@pytest.mark.xdist_group("tpu")
 @pytest.mark.parametrize("kind", ["Explicit", "Auto"])
 @pytest.mark.parametrize("tree", ["", ", wider than the sketch"])
 def test_a_mesh_moves_the_sketch_only(compiled, kind, tree):

@@ -54,8 +54,8 @@ def abstract(place, **sizes):
   return jax.tree.map(leaf, gpt2(**sizes), is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[1], jax.P))
 
 
-def cost_of(params):
-  cost = sedjax.check_cost(sedjax.track_spectral_edge(window=10), params)
+def cost_of(params, **options):
+  cost = sedjax.check_cost(sedjax.track_spectral_edge(window=10, **options), params)
   return {
     "platform": cost.platform,
     "reads": cost.bytes_accessed / cost.update_bytes,
@@ -109,6 +109,7 @@ def main():
     "large_loops": [line for line in loops if any(shape in line for shape in LARGE)],
   }
   # Of other models: leaves of which not as many rows of buckets fit into the sketch as there are.
+  found["small"] = cost_of({"w": jax.ShapeDtypeStruct((1024, 4096), jnp.float32, sharding=one)})
   for shape in ((2048, 5632), (1600, 4800), (4096, 11008)):
     found[f"one {shape}"] = cost_of({"kernel": jax.ShapeDtypeStruct((8, *shape), jnp.float32, sharding=one)})
   found["step"] = step_of(one)
@@ -122,6 +123,8 @@ def main():
       "head": jax.ShapeDtypeStruct((768, 50304), jnp.float32, sharding=jax.NamedSharding(mesh, P("data", "model")))
     }
     found[f"{kind}, wider than the sketch"] = cost_of(wide)
+    square = jax.ShapeDtypeStruct((8192, 8192), jnp.float32, sharding=jax.NamedSharding(mesh, P("data", "model")))
+    found[f"{kind}, parameters"] = cost_of({"w": square}, source="params")
   print(json.dumps(found))
 
 
