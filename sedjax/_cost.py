@@ -98,6 +98,8 @@ class Cost:
       times = max(round(self._reads()), 1)
       kept += f", and the updates are read about {'once' if times == 1 else f'{times} times'}"
       kept += ", beside sums of them." if self.collectives else "."
+      if _RING_PASSES * self.state_bytes > self.update_bytes:
+        kept = f"{kept.split(', and')[0]}; with updates as few as these, what is read is mostly the state."
     else:
       kept += "; to know the time, measure it."
     lines = [

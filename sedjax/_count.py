@@ -118,7 +118,7 @@ _traced_mix = jax.jit(_mix, inline=True)  # traced once for each shape
 
 def path_key(path: str, seed: int) -> np.uint32:
   """What a leaf's path and the seed contribute to every hash of that leaf."""
-  digest = hashlib.blake2b(f"{seed}/{path}".encode(), digest_size=4).digest()
+  digest = hashlib.blake2b(f"{seed}/{path}".encode(errors="backslashreplace"), digest_size=4).digest()
   return np.frombuffer(digest, "<u4")[0]
 
 

@@ -98,13 +98,26 @@ def layout_of(
       raise ValueError(
         f"track_spectral_edge: groups({path!r}) returned {label!r}, which is not hashable; return a string."
       ) from error
-  encoded = {tuple(encode_label(label)) for label in labels}
-  if len(encoded) < len(labels):
+  encoded: dict[tuple[int, ...], Hashable] = {}
+  for label in labels:
+    other = encoded.setdefault(tuple(encode_label(label)), label)
+    if other is not label:
+      raise ValueError(
+        f"track_spectral_edge: groups returned labels whose text agrees, {other!r} and {label!r}; return labels that "
+        "read differently."
+      )
+  if not labels and any(map(is_inexact, leaves)):
     raise ValueError(
-      f"track_spectral_edge: groups returned labels whose text agrees, got {sorted(map(repr, labels))}; return labels "
-      "that read differently."
+      f"track_spectral_edge: groups returned None for every leaf, such as {paths[0]!r}, so that none is tracked; "
+      "return a label for some of them."
     )
   return Layout(paths, leaves, tuple(group), tuple(labels), *where)
+
+
+def tracked_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+  """The shapes of tracked leaves, by their paths."""
+  leaves = zip(layout.paths, layout.shapes, layout.group, strict=True)
+  return {path: tuple(shape) for path, shape, group in leaves if group is not None}
 
 
 def tree_id(layout: Layout) -> int:

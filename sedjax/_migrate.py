@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 from sedjax._state import Parts, TrackerState, map_id_of, of_one_seed, pack, unpack, unpack_reports, window_sizes
@@ -31,7 +32,9 @@ def migrate(old_state: Any, new_state: Any) -> Any:
   of the same name in both keeps its newest rows, with reports and phases for the window sizes that both have (a new
   size has its first `turning` one row later than its other numbers); a tracker that is only in `new_state` starts
   empty, and says WINDOW_FILLING until it is full. Where `every` changed, rows of both lengths share the window for a
-  while, and the status says PARTIAL_ROW; with `every=1` the steps since the last row are lost.
+  while, and the status says PARTIAL_ROW; with `every=1` the steps since the last row are lost. A tracker that moved to
+  another place in the chain keeps its rows, too: where it watches something else now, gradients and no longer updates,
+  say, give it another name.
 
   Args:
     old_state: any optax state, for instance restored from a checkpoint.
@@ -55,6 +58,9 @@ def migrate(old_state: Any, new_state: Any) -> Any:
     >>> int(sedjax.get_report(state).count)
     0
   """
+  for which, state in (("old", old_state), ("new", new_state)):
+    if isinstance(state, optax.GradientTransformation):
+      raise ValueError(f"sedjax.migrate: the {which} state is an optimizer; give its state, such as tx.init(params).")
   trackers: dict[str, TrackerState] = {}
   others: list[tuple[str, Any]] = []  # of the old state, with their names
   for path, leaf in jax.tree_util.tree_leaves_with_path(old_state, is_leaf=_is_tracker):
@@ -117,11 +123,17 @@ def _carry(name: str, old: TrackerState, new: TrackerState) -> TrackerState:
   if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((old, new))):
     raise ValueError("sedjax.migrate: a state is abstract, so there is nothing to carry; give two states of arrays.")
   lead = old.counters.ndim - 1
+  seeds = [state.counters.shape[:-1] for state in (old, new)]
+  if seeds[0] != seeds[1]:
+    raise ValueError(
+      f"sedjax.migrate: the old state of tracker {name!r} has vmapped axes {seeds[0]}, the new one {seeds[1]}; make "
+      "both states for the same seeds."
+    )
   one, other = (
     [of_one_seed(x, ndim).tolist() for x, ndim in ((map_id_of(state), 1), (state.labels, 2))] for state in (old, new)
   )
   same_rows = jax.tree.structure((old.rows, old.base)) == jax.tree.structure((new.rows, new.base))
-  if lead != new.counters.ndim - 1 or one != other or not same_rows:
+  if one != other or not same_rows:
     raise ValueError(
       f"sedjax.migrate: tracker {name!r} changed its sketch, tree, groups or source, so its rows cannot be carried "
       "over; give the new tracker another name to start it empty, or build it as the old one was."

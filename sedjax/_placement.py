@@ -83,6 +83,13 @@ def on_mesh(tree: Any, mesh: Any) -> Any:
   return tree if mesh is None else jax.tree.map(put, tree)
 
 
+def manual_axes() -> tuple[str, ...]:
+  """The mesh axes of the surrounding `jax.shard_map`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  return tuple(name for name, kind in kinds if kind == jax.sharding.AxisType.Manual)
+
+
 def varying_axes(*arrays: Any) -> frozenset[str]:
   """The mesh axes along which arrays may differ, which inside a `jax.shard_map` are a part of types."""
   kinds = [jax.typeof(x) for x in arrays]
@@ -159,7 +166,7 @@ class Blocks:
     self._names: tuple[str, ...] = ()
     self._specs: dict[str, Any] | None = None
     self._wholes: dict[frozenset[str], list[dict[str, tuple[int, ...]]]] = {}  # as tx.init saw them, by their paths
-    if isinstance(names, tuple) and names and all(isinstance(name, str) for name in names):
+    if isinstance(names, tuple) and names and all(isinstance(name, str) and name for name in names):
       self._names = names
       return
     with_paths = jax.tree_util.tree_leaves_with_path(axis_name, is_leaf=lambda x: isinstance(x, jax.P))

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
   import xarray as xr
 
 
+def expect_record(record: Any) -> None:
+  """Refuses what is no record."""
+  if not hasattr(record, "data_vars"):
+    raise ValueError(
+      f"sedjax.plot: expected a record, got a {type(record).__name__}; open one with sedjax.record.open_record(path)."
+    )
+
+
 def series_names(record: xr.Dataset) -> list[str]:
   """Names of the user's own series of numbers in a record: variables `name` on a dimension `name_step`.
 
@@ -59,6 +67,7 @@ def fields(record: xr.Dataset) -> xr.Dataset:
   Raises:
     ValueError: it has no rows.
   """
+  expect_record(record)
   found = record[[name for name in FIELDS if name in record.variables]]
   for dim in DIMS:
     if dim in found.dims:

@@ -29,6 +29,8 @@ def step_of(step: Any) -> int:
   """A step as a number of the host's."""
   if isinstance(step, jax.Array):  # to read it would wait for the device
     raise TypeError("sedjax.record: step must be a Python int, got an array; count steps on the host.")
+  if not hasattr(step, "__index__"):
+    raise TypeError(f"sedjax.record: step must be an int, got {step!r}; give the number of the optimizer step.")
   step = operator.index(step)
   if not 0 <= step < 2**63:
     raise ValueError(f"sedjax.record: step must be an int in 0…2**63 - 1, got {step}.")

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from sedjax import _keep, _placement, core
-from sedjax._layout import is_inexact, layout_of, shapes_by_path, tree_id
+from sedjax._layout import is_inexact, layout_of, shapes_by_path, tracked_shapes, tree_id
 from sedjax._types import Report
 
 
@@ -33,6 +33,20 @@ def _stored(watched: Any, updates: Any, tracked: list[int], state: jax.Array) ->
   for i, *pair in zip(tracked, *_keep.stored([passed[i] for i in tracked], state), strict=True):
     seen[i], passed[i] = pair
   return structure.unflatten(seen), jax.tree.unflatten(jax.tree.structure(updates), passed)
+
+
+def _difference(before: dict[str, tuple[int, ...]], now: dict[str, tuple[int, ...]], blocks: bool) -> str:
+  """What to say of updates of another tree than that of init; `blocks`: the tracker has an `axis_name`."""
+  path = next((path for path in [*before, *now] if before.get(path) != now.get(path)), None)
+  was, is_now = ("absent" if path not in some else f"of shape {some[path]}" for some in (before, now))
+  change = "their groups" if path is None else f"leaf {path!r} was {was} and is {is_now}"
+  names = _placement.manual_axes()
+  if names and not blocks and path is not None:
+    what = f"inside the shard_map over {names} give the tracker axis_name={names} where they are blocks of parameters"
+  else:
+    what = "call tx.init with the parameters that these updates belong to"
+    what += ", or give axis_name the PartitionSpecs of these blocks" if blocks else ""
+  return f"track_spectral_edge: the updates differ in tree, shapes or groups from what init saw ({change}); {what}."
 
 
 def track_spectral_edge(
@@ -114,14 +128,14 @@ def track_spectral_edge(
 
   blocks = _placement.Blocks(axis_name) if axis_name is not None else None
 
-  # A traced state cannot tell which tree it belongs to, so that the trees that init saw are remembered here, and
-  # whether there is anything in them: optax.tree.map_params calls init with a tree of nothing.
-  seen: dict[int, bool] = {}
+  # A traced state cannot tell which tree it belongs to, so that the trees that init saw are remembered here: what they
+  # track, which is nothing where optax.tree.map_params calls init with a tree of nothing.
+  seen: dict[int, dict[str, tuple[int, ...]]] = {}
 
   def init_fn(params: Any) -> SpectralEdgeState:
     specs = blocks.specs_at_init(shapes_by_path(params)) if blocks else None
     layout = layout_of(params, groups, specs)
-    seen[tree_id(layout)] = any(group is not None for group in layout.group)
+    seen[tree_id(layout)] = tracked_shapes(layout)
     return SpectralEdgeState({name: core.init(config, params, specs)})
 
   def update_fn(
@@ -133,7 +147,7 @@ def track_spectral_edge(
     specs = blocks.specs(shapes_by_path(watched)) if blocks else None
     layout = layout_of(watched, groups, specs)
     if any(seen.values()) and tree_id(layout) not in seen:
-      raise ValueError(core.TREE_CHANGED)
+      raise ValueError(_difference(list(seen.values())[-1], tracked_shapes(layout), blocks is not None))
     if not isinstance(state, SpectralEdgeState) or name not in state.trackers:
       found = (
         f"a state of trackers {list(state.trackers)}" if isinstance(state, SpectralEdgeState) else type(state).__name__

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 class Phase(enum.IntEnum):
@@ -151,7 +152,13 @@ def explain(status: Any) -> str:
     >>> print(sedjax.explain(0))
     Nothing to note.
   """
-  values = np.asarray(status.status if isinstance(status, Report) else status)
+  status = status.status if isinstance(status, Report) else status
+  if not isinstance(status, int | float | np.generic | np.ndarray | jax.Array) or isinstance(status, Tracer):
+    raise ValueError(
+      f"sedjax.explain: expected a concrete status or Report, got a {type(status).__name__}; give it what "
+      "sedjax.get_report returns, outside of jit."
+    )
+  values = np.asarray(status)
   if values.size != 1:
     raise ValueError(f"sedjax.explain: expected one status, got an array of shape {values.shape}; index it first.")
   if values.dtype.kind not in "iu" or not 0 <= values.item() < 2 * max(Status):

@@ -326,6 +326,7 @@ def series(record: xr.Dataset, name: str, *, ax: Any = None, seed: Any = None) -
     ...   sedjax.plot.series(record, "validation_loss").get_ylabel()
     'validation loss'
   """
+  _plot_data.expect_record(record)
   ax = _drawing.axes(ax)
   if name not in _plot_data.series_names(record):
     raise ValueError(f"sedjax.plot: the record has no series {name!r}; it has {_plot_data.series_names(record)}.")

@@ -135,7 +135,8 @@ class Recorder:
     self.path = Path(path).absolute()  # wherever the program goes
     self._process = os.getpid()
     try:
-      self._config = core.Config(**{k: v for k, v in (tracker or {}).items() if k not in ("name", "axis_name")})
+      options = dict(tracker or {})
+      self._config = core.Config(**{k: v for k, v in options.items() if k not in ("name", "axis_name")})
     except TypeError:
       raise ValueError(
         f"sedjax.record: tracker must be the keyword arguments of track_spectral_edge, got {tracker!r}."
@@ -143,7 +144,7 @@ class Recorder:
     except ValueError as error:
       raise ValueError(f"sedjax.record: in tracker, {error}") from None
     self._tracked = tracker is not None
-    self._name = name if name is not None else (tracker or {}).get("name")
+    self._name = name if name is not None else options.get("name")
     self._seeds = None if seeds is None else seed_names(seeds)
     if windows is None and groups is not None and self._tracked:
       windows = self._config.windows

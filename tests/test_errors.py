@@ -90,7 +90,7 @@ def _raise(path):
   [
     (_raise, r"groups\('b'\) raised KeyError\('b'\); return a label or None"),
     (lambda path: [path], r"groups\('b'\) returned \['b'\], which is not hashable; return a string"),
-    (lambda path: 0 if path == "b" else "0", r"labels whose text agrees, got \[\"'0'\", '0'\]"),
+    (lambda path: 0 if path == "b" else "0", r"labels whose text agrees, 0 and '0';"),
   ],
 )
 def test_group_functions(groups, words):
@@ -146,6 +146,24 @@ def test_updates_of_another_tree(other, sketch, jit):
   update = jax.jit(tx.update) if jit else tx.update
   with pytest.raises(ValueError, match=r"updates differ in tree, shapes or groups .* call tx.init"):
     update(OTHER_TREES[other], tx.init(PARAMS))
+
+
+def test_blocks_without_axis_name_are_not_sent_to_init():
+  """Which inside the shard_map would take each block for a whole leaf."""
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  params, specs = {"w": jnp.ones((16, 8))}, {"w": jax.P("x")}
+  tx = track(3)
+  update = jax.shard_map(lambda u, s: tx.update(u, s)[1], mesh=mesh, in_specs=(specs, jax.P()), out_specs=jax.P())
+  words = r"'w' was of shape \(16, 8\) and is of shape \(2, 8\)\); inside the shard_map over \('x',\) give .* axis_name"
+  with pytest.raises(ValueError, match=words):
+    jax.jit(update)(params, tx.init(params))
+
+
+def test_groups_that_leave_out_all_leaves():
+  tx = track(3, groups=lambda path: "attention" if "attention" in path else None)
+  with pytest.raises(ValueError, match="groups returned None for every leaf, such as 'b'"):
+    tx.init(PARAMS)
+  tx.init({"step": jnp.int32(0)})  # of which none could be tracked
 
 
 def test_a_state_of_another_sketch_or_tree():
@@ -250,6 +268,14 @@ def test_the_core_given_the_state_of_an_optimizer(use):
 def test_the_core_given_its_arguments_in_another_order(function):
   with pytest.raises(TypeError, match=r"expected a core\.Config as the first argument, got dict\."):
     function(PARAMS, sedjax.core.Config(3), PARAMS)
+
+
+def test_explain_given_a_state_or_inside_jit():
+  state = track(**MADE).init(PARAMS)
+  with pytest.raises(ValueError, match="expected a concrete status or Report, got a SpectralEdgeState"):
+    sedjax.explain(state)
+  with pytest.raises(ValueError, match=r"expected a concrete status or Report, got a .*Tracer"):
+    jax.jit(lambda state: sedjax.explain(sedjax.get_report(state)) and 0)(state)
 
 
 @pytest.mark.parametrize("status", [-1, 5000, 2.7])

@@ -152,6 +152,12 @@ def test_what_cannot_be_carried():
     sedjax.migrate(twins.init(params), state[-1:])
   with pytest.raises(ValueError, match="the states are traced"):
     jax.jit(sedjax.migrate)(state, state)
+  with pytest.raises(ValueError, match="the new state is an optimizer; give its state"):
+    sedjax.migrate(state, tx)
+  small, large = (sedjax.track_spectral_edge(w, sketch=COUNT) for w in (3, 5))
+  seeds = [{"w": jnp.ones((count, 3, 4))} for count in (2, 3)]
+  with pytest.raises(ValueError, match=r"has vmapped axes \(2,\), the new one \(3,\)"):
+    sedjax.migrate(jax.vmap(small.init)(seeds[0]), jax.vmap(large.init)(seeds[1]))
 
 
 def test_optimizers_in_another_order_are_refused():

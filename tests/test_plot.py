@@ -239,6 +239,8 @@ def test_series_as_large_as_float64_has(record):
     (lambda r: plot.fidelity(r, group="tail"), "no group 'tail'"),
     (lambda r: plot.series(r, "nothing"), "no series 'nothing'"),
     (lambda r: plot.ratios(r.drop_vars("ratios")), "no field 'ratios'"),
+    (lambda r: plot.ratios(str(r)), "expected a record, got a str"),
+    (lambda r: plot.series(str(r), "loss"), "expected a record, got a str"),
     *((lambda r, draw=draw: draw(r.isel(step=[])), "the record has no rows") for draw in PICTURES.values()),
   ],
 )

@@ -930,6 +930,8 @@ def test_steps_ascend(tmp_path):
       recorder.append(-1, report_of(0))
     with pytest.raises(TypeError, match="step must be a Python int, got an array"):
       recorder.append(jnp.int32(4), report_of(4))
+    with pytest.raises(TypeError, match=r"step must be an int, got 4\.0"):
+      recorder.append(4.0, report_of(4))
   assert steps_of(tmp_path / "run.nc") == [3]
 
 

@@ -553,6 +553,12 @@ def test_labels_longer_than_their_place_and_of_numpy():
     sedjax.get_report(state, group=long + "e")
 
 
+def test_a_path_of_half_a_character():
+  tx = sedjax.track_spectral_edge(3)
+  updates = {"\ud800": jnp.ones(3)}
+  assert sedjax.get_report(tx.update(updates, tx.init(updates))[1]).count == 1
+
+
 def test_a_tracker_of_nothing_has_no_empty_arrays():
   """Orbax saves none."""
   tx = sedjax.track_spectral_edge(3, sketch=COUNT, groups={}.get)
