@@ -80,26 +80,56 @@ def _hashed_bucket_sums(
   return jnp.concatenate(sums)
 
 
-def _chunked_bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: Any) -> jax.Array:
+def _slice(x: jax.Array, first: Any, count: int, axis: int) -> jax.Array:
+  if isinstance(first, int):  # which may be more than an int32 holds
+    return lax.slice_in_dim(x, first, first + count, axis=axis)
+  return lax.dynamic_slice_in_dim(x, first, count, axis)
+
+
+def _sum_of_parts(sums: Callable[[Any, int], jax.Array], length: int, size: int) -> jax.Array:
+  """The sum of sums(first, count) over parts of `length` places: `size` at a time, and what they leave."""
+  whole, rest = divmod(length, size)
+  # It begins with sums, not with zeros, which inside a shard_map would be of another type: alike on all devices.
+  total = sums(whole * size, rest) if rest else sums(0, size)
+  first, last = np.uint32(0 if rest else 1), np.uint32(whole)  # of 2³¹ places and more
+  return lax.fori_loop(first, last, lambda i, total: total + sums(i * np.uint32(size), size), total)
+
+
+def _chunked_bucket_sums(piece: Piece, plan: Plan, part: Any, grid: Any) -> jax.Array:
   """`_bucket_sums` by parts of the first axis, for CPU, whose contractions store their operands."""
   x, start = piece.array, piece.start or (0,)
   width = max(x.shape[-1], 2 * _WIDTH)
   size = max(1, _CHUNK // (width * math.prod(x.shape[1:-1]))) if x.ndim > 1 else x.shape[0]
-  whole = x.shape[0] // size
 
   def sums(first: Any, count: int) -> jax.Array:
-    fixed = isinstance(first, int)
-    array = lax.slice_in_dim(x, first, first + count) if fixed else lax.dynamic_slice_in_dim(x, first, count)
-    chunk = piece._replace(array=array, start=(start[0] + jnp.asarray(first, jnp.uint32), *start[1:]))
-    return _bucket_sums(chunk, plan, most, part, grid, stores=True)
+    start_of_chunk = (start[0] + jnp.asarray(first, jnp.uint32), *start[1:])
+    chunk = piece._replace(array=_slice(x, first, count, 0), start=start_of_chunk)
+    return _bucket_sums(chunk, plan, plan.buckets, part, grid, stores=True)
 
-  if whole <= 1:
-    return _bucket_sums(piece, plan, most, part, grid, stores=True)
-  # It begins with sums, not with zeros, which inside a shard_map would be of another type: alike on all devices.
-  rest = x.shape[0] % size
-  total = sums(whole * size, rest) if rest else sums(0, size)
-  first, last = np.uint32(0 if rest else 1), np.uint32(whole)  # of 2³¹ rows and more
-  return lax.fori_loop(first, last, lambda i, total: total + sums(i * np.uint32(size), size), total)
+  if x.shape[0] < 2 * size:
+    return _bucket_sums(piece, plan, plan.buckets, part, grid, stores=True)
+  return _sum_of_parts(sums, x.shape[0], size)
+
+
+def _is_folded(plan: Plan, dim: int) -> bool:
+  """Whether the sums of a block are folded at once: else there would be the whole leaf's columns on each device."""
+  return plan.buckets == 1 and plan.columns > _MOST_LAPS * dim
+
+
+def _sums_on_cpu(piece: Piece, plan: Plan, dim: int, part: Any, grid: Any) -> jax.Array:
+  """`_bucket_sums` a part at a time: of rows, and where those are long and folded, of their columns."""
+  x, start = piece.array, piece.start or (0,)
+  size = dim * max(1, _CHUNK // (dim * math.prod(x.shape[:-1])))
+  if not _is_folded(plan, dim) or x.shape[-1] <= _CHUNK:
+    return _chunked_bucket_sums(piece, plan, part, grid)
+
+  def sums(first: Any, count: int) -> jax.Array:
+    start_of_chunk = (*start[:-1], start[-1] + jnp.asarray(first, jnp.uint32))
+    chunk = piece._replace(array=_slice(x, first, count, x.ndim - 1), start=start_of_chunk)
+    flat = folded_sum(_chunked_bucket_sums(chunk, plan, part, grid).reshape(-1), dim)
+    return jnp.pad(flat, (0, dim - flat.size))[None]
+
+  return _sum_of_parts(sums, x.shape[-1], size)
 
 
 def may_be_split(x: jax.Array) -> bool:
@@ -127,7 +157,7 @@ def _placed_sums(piece: Piece, plan: Plan, sums: jax.Array, dim: int, laps: int)
   """
   if piece.start is None or sums.shape[1] == plan.columns:
     flat = sums.reshape(-1)
-  elif plan.buckets == 1 and plan.columns > laps * dim:  # else there would be the whole leaf's columns on each device
+  elif plan.buckets == 1 and plan.columns > laps * dim:
     flat = folded_sum(sums.reshape(-1), dim)
     first = jnp.asarray(piece.start[-1], jnp.uint32) % np.uint32(dim)
     return jnp.roll(jnp.pad(flat, (0, dim - flat.size)), first.astype(jnp.int32))
@@ -139,17 +169,17 @@ def _placed_sums(piece: Piece, plan: Plan, sums: jax.Array, dim: int, laps: int)
   return folded_sum(flat, dim) if flat.size > laps * dim else flat
 
 
-def _folding_rule(piece: Piece, plan: Plan, dim: int, part: Any, sums_of: Any) -> Callable[..., jax.Array]:
+def _folding_rule(piece: Piece, plan: Plan, dim: int, sums_of: Any) -> Callable[..., jax.Array]:
   """A function of a leaf and `grid` that gives what the leaf adds, float32[dim], for bucket sums of more numbers.
 
   Partitioners would send all of them between devices, and then fold them. So it brings a rule of its own, by which each
-  device folds those of its block, which `sums_of` makes. Such rules know no vmap, which does without, and no export;
-  nor does libtpu.
+  device folds those of its block, which `sums_of` makes of it. Such rules know no vmap, which does without, and no
+  export; nor does libtpu.
   """
 
   def folded(x: jax.Array, grid: Any, start: tuple[Any, ...]) -> jax.Array:
     block = piece._replace(array=x, start=start)
-    return _placed_sums(block, plan, sums_of(block, plan, plan.buckets, part, grid), dim, laps=1)
+    return _placed_sums(block, plan, sums_of(block, grid), dim, laps=1)
 
   def whole(x: jax.Array, grid: Any) -> jax.Array:
     return folded(x, grid, (0,) * x.ndim)
@@ -208,8 +238,8 @@ def indexed_term(
       def plain(array: jax.Array, grid: Any) -> jax.Array:
         return folded_sum(_bucket_sums(piece._replace(array=array), plan, most, part, grid).reshape(-1), dim)
 
-      on_cpu = _folding_rule(piece, plan, dim, part, _chunked_bucket_sums)
-      on_gpu = _folding_rule(piece, plan, dim, part, _bucket_sums)
+      on_cpu = _folding_rule(piece, plan, dim, lambda block, grid: _sums_on_cpu(block, plan, dim, part, grid))
+      on_gpu = _folding_rule(piece, plan, dim, lambda block, grid: _bucket_sums(block, plan, plan.buckets, part, grid))
       array = lax.stop_gradient(piece.array)
       return plan.offset, lax.platform_dependent(array, jnp.asarray(grid), cpu=on_cpu, cuda=on_gpu, default=plain)
     if plan.rows == 1:
@@ -224,15 +254,18 @@ def indexed_term(
       sums = lax.platform_dependent(piece.array, grid, tpu=sums_of(False), default=sums_of(True))
   else:
 
+    def folded(sums: jax.Array) -> jax.Array:
+      return folded_sum(sums.reshape(-1), dim)[None] if _is_folded(plan, dim) else sums
+
     def chunked(array: jax.Array, start: Any, grid: Any, wait: Any) -> jax.Array:
       start = (start[0] + jnp.asarray(wait, jnp.uint32), *start[1:])
-      return _chunked_bucket_sums(piece._replace(array=array, start=start), plan, plan.buckets, part, grid)
+      return folded(_sums_on_cpu(piece._replace(array=array, start=start), plan, dim, part, grid))
 
     def direct(array: jax.Array, start: Any, grid: Any, _: Any) -> jax.Array:
-      return _bucket_sums(piece._replace(array=array, start=start), plan, plan.buckets, part, grid)
+      return folded(_bucket_sums(piece._replace(array=array, start=start), plan, plan.buckets, part, grid))
 
     def strided(array: jax.Array, start: Any, grid: Any, _: Any) -> jax.Array:
-      return block_sums(piece._replace(array=array, start=start), plan, part, grid)
+      return folded(block_sums(piece._replace(array=array, start=start), plan, part, grid))
 
     on_gpu = strided if jax.default_backend() == "gpu" and aligned(piece) else chunked
     sums = lax.platform_dependent(piece.array, piece.start, grid, wait, cpu=chunked, cuda=on_gpu, default=direct)

@@ -522,6 +522,20 @@ def test_check_cost_agrees_with_the_promise():
 
 
 @pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+@pytest.mark.parametrize(
+  ("shape", "spec"), [((2**26 + 8,), P(("x", "y"))), ((3, 2**24), P(None, ("x", "y"))), ((2, 2**23), P())], ids=str
+)
+def test_blocks_of_long_rows_are_stored_nowhere(shape, spec, kind):
+  """As of a flattened model: of 32 MiB on each device."""
+  mesh = mesh_of(AxisType[kind])
+  params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec))}
+  params["matrix"] = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=jax.NamedSharding(mesh, P("x")))
+  cost = sedjax.check_cost(tracker(SKETCHES["count"]), params)
+  assert cost.temporaries <= 9 * 2**20
+  assert cost.broken() == ()
+
+
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
 @pytest.mark.parametrize(("shape", "spec"), [((16384, 1), P()), ((8 * 5000, 3), P(("x", "y")))], ids=str)
 def test_narrow_leaves_have_no_number_for_each_row_and_bucket(shape, spec, kind):
   mesh = mesh_of(AxisType[kind])
