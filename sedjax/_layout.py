@@ -60,8 +60,8 @@ def layout_of(
     specs: inside a `jax.shard_map`, how the leaves are split, by path; those of other paths are not.
 
   Raises:
-    ValueError: `groups` raises or returns something unhashable, two labels read the same, two leaves share a path, or
-      with `specs` a leaf is split over explicit axes, too.
+    ValueError: `groups` raises, returns something unhashable or None for all leaves, two labels read the same, two
+      leaves share a path, or with `specs` a leaf is split over explicit axes, too.
   """
   with_paths = jax.tree_util.tree_leaves_with_path(tree)
   paths = normalised_paths([path for path, _ in with_paths])

@@ -562,7 +562,8 @@ def test_a_path_of_half_a_character():
 def test_a_tracker_of_nothing_has_no_empty_arrays():
   """Orbax saves none."""
   tx = sedjax.track_spectral_edge(3, sketch=COUNT, groups={}.get)
-  _, state = tx.update({"w": jnp.ones(3)}, tx.init({"w": jnp.ones(3)}))
+  integers = {"w": jnp.ones(3, jnp.int32)}
+  _, state = tx.update(integers, tx.init(integers))
   assert all(leaf.size for leaf in jax.tree.leaves(state))
   assert sedjax.get_report(state).count == 0
 
