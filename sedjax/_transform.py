@@ -147,7 +147,8 @@ def track_spectral_edge(
     specs = blocks.specs(shapes_by_path(watched)) if blocks else None
     layout = layout_of(watched, groups, specs)
     if any(seen.values()) and tree_id(layout) not in seen:
-      raise ValueError(_difference(list(seen.values())[-1], tracked_shapes(layout), blocks is not None))
+      *_, before = filter(None, seen.values())
+      raise ValueError(_difference(before, tracked_shapes(layout), blocks is not None))
     if not isinstance(state, SpectralEdgeState) or name not in state.trackers:
       found = (
         f"a state of trackers {list(state.trackers)}" if isinstance(state, SpectralEdgeState) else type(state).__name__
