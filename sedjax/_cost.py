@@ -93,13 +93,14 @@ class Cost:
     kinds = {kind: [n for k, n in self.collectives if k == kind] for kind, _ in self.collectives}
     moved = ", ".join(f"{len(n)} {kind} of {max(n)} numbers at most" for kind, n in kinds.items()) or "none"
     kept = f"The promise holds: nothing large is moved{'' if self.temporaries_allowed is None else ' or kept'}"
+    few = _RING_PASSES * self.state_bytes > self.update_bytes
     # Other compilers count what goes through caches too, which is no measure of how often memory is read.
-    if self.platform == "tpu":
+    if self.platform == "tpu" and few:
+      kept += "; with updates as few as these, what is read is mostly the state."
+    elif self.platform == "tpu":
       times = max(round(self._reads()), 1)
       kept += f", and the updates are read about {'once' if times == 1 else f'{times} times'}"
       kept += ", beside sums of them." if self.collectives else "."
-      if _RING_PASSES * self.state_bytes > self.update_bytes:
-        kept = f"{kept.split(', and')[0]}; with updates as few as these, what is read is mostly the state."
     else:
       kept += "; to know the time, measure it."
     lines = [

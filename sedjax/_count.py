@@ -222,6 +222,13 @@ def part_of(x: jax.Array, part: int | None, grid: Any) -> jax.Array:
   return (x - coarse if part else coarse).astype(jnp.float32)
 
 
+def slice_of(x: jax.Array, first: Any, count: int, axis: int) -> jax.Array:
+  """`count` places of an axis, from an int or a traced index on."""
+  if isinstance(first, int):  # which may be more than an int32 holds
+    return lax.slice_in_dim(x, first, first + count, axis=axis)
+  return lax.dynamic_slice_in_dim(x, first, count, axis)
+
+
 def folded_sum(flat: jax.Array, size: int) -> jax.Array:
   """The sum of laps of `size` numbers each, the last of which may be shorter; `flat` itself where there is one."""
   if flat.size <= size:

@@ -14,7 +14,19 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 
 from sedjax import _placement
-from sedjax._count import HASH_ROWS, Piece, Plan, flip, folded_sum, index_hash, part_of, plan_of, sign_bits, sign_shift
+from sedjax._count import (
+  HASH_ROWS,
+  Piece,
+  Plan,
+  flip,
+  folded_sum,
+  index_hash,
+  part_of,
+  plan_of,
+  sign_bits,
+  sign_shift,
+  slice_of,
+)
 from sedjax._strided import aligned, block_sums
 
 # Laps around the sketch of a term at most: those of all terms are added up in one kernel, and longer terms are folded.
@@ -80,12 +92,6 @@ def _hashed_bucket_sums(
   return jnp.concatenate(sums)
 
 
-def _slice(x: jax.Array, first: Any, count: int, axis: int) -> jax.Array:
-  if isinstance(first, int):  # which may be more than an int32 holds
-    return lax.slice_in_dim(x, first, first + count, axis=axis)
-  return lax.dynamic_slice_in_dim(x, first, count, axis)
-
-
 def _sum_of_parts(sums: Callable[[Any, int], jax.Array], length: int, size: int) -> jax.Array:
   """The sum of sums(first, count) over parts of `length` places: `size` at a time, and what they leave."""
   whole, rest = divmod(length, size)
@@ -103,7 +109,7 @@ def _chunked_bucket_sums(piece: Piece, plan: Plan, part: Any, grid: Any) -> jax.
 
   def sums(first: Any, count: int) -> jax.Array:
     start_of_chunk = (start[0] + jnp.asarray(first, jnp.uint32), *start[1:])
-    chunk = piece._replace(array=_slice(x, first, count, 0), start=start_of_chunk)
+    chunk = piece._replace(array=slice_of(x, first, count, 0), start=start_of_chunk)
     return _bucket_sums(chunk, plan, plan.buckets, part, grid, stores=True)
 
   if x.shape[0] < 2 * size:
@@ -111,21 +117,21 @@ def _chunked_bucket_sums(piece: Piece, plan: Plan, part: Any, grid: Any) -> jax.
   return _sum_of_parts(sums, x.shape[0], size)
 
 
-def _is_folded(plan: Plan, dim: int) -> bool:
+def _is_folded(plan: Plan, dim: int, laps: int = _MOST_LAPS) -> bool:
   """Whether the sums of a block are folded at once: else there would be the whole leaf's columns on each device."""
-  return plan.buckets == 1 and plan.columns > _MOST_LAPS * dim
+  return plan.buckets == 1 and plan.columns > laps * dim
 
 
 def _sums_on_cpu(piece: Piece, plan: Plan, dim: int, part: Any, grid: Any) -> jax.Array:
   """`_bucket_sums` a part at a time: of rows, and where those are long and folded, of their columns."""
   x, start = piece.array, piece.start or (0,)
-  size = dim * max(1, _CHUNK // (dim * math.prod(x.shape[:-1])))
   if not _is_folded(plan, dim) or x.shape[-1] <= _CHUNK:
     return _chunked_bucket_sums(piece, plan, part, grid)
+  size = dim * max(1, _CHUNK // (dim * math.prod(x.shape[:-1])))
 
   def sums(first: Any, count: int) -> jax.Array:
     start_of_chunk = (*start[:-1], start[-1] + jnp.asarray(first, jnp.uint32))
-    chunk = piece._replace(array=_slice(x, first, count, x.ndim - 1), start=start_of_chunk)
+    chunk = piece._replace(array=slice_of(x, first, count, x.ndim - 1), start=start_of_chunk)
     flat = folded_sum(_chunked_bucket_sums(chunk, plan, part, grid).reshape(-1), dim)
     return jnp.pad(flat, (0, dim - flat.size))[None]
 
@@ -157,7 +163,7 @@ def _placed_sums(piece: Piece, plan: Plan, sums: jax.Array, dim: int, laps: int)
   """
   if piece.start is None or sums.shape[1] == plan.columns:
     flat = sums.reshape(-1)
-  elif plan.buckets == 1 and plan.columns > laps * dim:
+  elif _is_folded(plan, dim, laps):
     flat = folded_sum(sums.reshape(-1), dim)
     first = jnp.asarray(piece.start[-1], jnp.uint32) % np.uint32(dim)
     return jnp.roll(jnp.pad(flat, (0, dim - flat.size)), first.astype(jnp.int32))
@@ -169,7 +175,7 @@ def _placed_sums(piece: Piece, plan: Plan, sums: jax.Array, dim: int, laps: int)
   return folded_sum(flat, dim) if flat.size > laps * dim else flat
 
 
-def _folding_rule(piece: Piece, plan: Plan, dim: int, sums_of: Any) -> Callable[..., jax.Array]:
+def _folding_rule(piece: Piece, plan: Plan, dim: int, sums_of: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   """A function of a leaf and `grid` that gives what the leaf adds, float32[dim], for bucket sums of more numbers.
 
   Partitioners would send all of them between devices, and then fold them. So it brings a rule of its own, by which each

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sedjax._count import HASH_ROWS, Piece, Plan, index_hash, mix, sum_dtype, sum_rows
+from sedjax._count import HASH_ROWS, Piece, Plan, index_hash, mix, slice_of, sum_dtype, sum_rows
 
 # Numbers in a leaf at least: the sums of shorter ones are stored, in 4 MiB.
 _LEAST = 2**20
@@ -35,16 +35,11 @@ def long_row(piece: Piece, plan: Plan, dim: int, part: int | None, grid: Any) ->
       return lax.dynamic_slice_in_dim(piece.hashes.columns, first, count)
     return index_hash(lax.iota(jnp.uint32, count) + jnp.asarray(first, jnp.uint32), plan.key)
 
-  def sliced(i: int, at: Any, width: int) -> jax.Array:
-    if isinstance(at, int):
-      return lax.slice(x, (i, at), (i + 1, at + width))[0]
-    return lax.dynamic_slice(x, (np.uint32(i), at), (1, width))[0]
-
   def add(row: jax.Array, first: Any, count: int) -> jax.Array:
     for lap in range(0, count, dim):  # each with operations of its own: those that all share XLA would store
       at, width = first + lap, min(dim, count - lap)
       bits = mix(row_hash ^ column_hashes(at, width))
-      blocks = [sliced(i, at, width) for i in range(plan.rows)]
+      blocks = [slice_of(x[i], at, width, 0) for i in range(plan.rows)]
       row = row + jnp.pad(sum_rows(blocks, bits, 0, part, grid), (0, dim - width))
     return row
 
