@@ -1,8 +1,17 @@
 """The map of the count sketch, which two forms compute that differ in the order of their sums only.
 
 A leaf is m rows by n columns (its trailing axis; a vector is one row). The sign of (row, column) is bit (row mod 32) of
-a 32-bit hash of (path, row div 32, column, seed); its bucket is ((row div p) mod g, column), where p <= 32 rows share a
-bucket; the g bucket rows lie one after the other from a hashed offset on, folded into d.
+a 32-bit hash of (path, row div 32, column, seed). Buckets come in pairs, which lie half a sketch apart. Lots of p <= 32
+rows fall into j rows of pairs in turn: rows with an even number of bits in (row mod p) into the first bucket of a pair
+and the others into the second, and in the next turn the other way round; where p = 1 it is the turns' numbers that
+count. So what comes into one bucket of a pair is as much as comes into the other, whether energy is in some rows after
+another, in every so manieth, or in columns; and their sums tell how much collides (see `_rows`).
+
+The first buckets of all pairs lie one after the other from some place on, and the second ones likewise, half a sketch
+further on, around it as often as it takes. Where five or seven rows of buckets fill a sketch better than an even number
+does, the last one fills what the others leave. Large leaves of as many columns begin in one place, which lets their
+sums be added up before they are laid out; each begins with a hashed row of buckets, and turns its columns by a hashed
+number. All others begin in a hashed place of their own.
 
 *Strided* (in `_strided`), for whole leaves on one CPU or GPU: up to p rows are summed in one elementwise kernel, that
 reads them as strided slices and makes one hash for them; what remains to be added up is a small fraction of the leaf.
@@ -33,6 +42,8 @@ HASH_ROWS = 32
 _LAPS = 64
 # Hashes of so many indices are made while tracing, which halves the strided kernels and their compile time.
 TABLE = 2**18
+# Leaves of so many numbers are no more than a few times as large as the sketch, or little work.
+_SMALL = 2**17
 # A `part` of numbers that is all of them, summed in float64 (which has to be enabled).
 WIDE = 2
 
@@ -43,6 +54,7 @@ class Hashes(NamedTuple):
   key: Any  # uint32[], see `path_key`
   columns: Any  # uint32[n], of the trailing axis' indices
   rows: Any  # uint32[ceil(m / 32)], of the rows' indices div 32
+  place: Any  # uint32[2], see `place_hashes`
 
 
 class Piece(NamedTuple):
@@ -52,7 +64,7 @@ class Piece(NamedTuple):
   array: jax.Array  # any shape and float dtype
   start: tuple[Any, ...] | None = None  # of the block, by axis; None for a whole leaf
   shape: tuple[int, ...] = ()  # of the whole leaf, where `start` is given
-  hashes: Hashes | None = None  # instead of the path; the row is then to be rolled by `offset_of` the path
+  hashes: Hashes | None = None  # instead of the path
   rank: int = 0  # the program that sums them makes pieces of lower rank first
 
   def placed(self) -> Piece:
@@ -89,14 +101,37 @@ def indices(size: int) -> Any:
 
 
 class Plan(NamedTuple):
-  """How a leaf's rows fall into buckets."""
+  """How a leaf's rows fall into buckets. Where its hashes are traced, so are `offset`, `turn` and `shift`."""
 
   key: Any  # uint32[]
   rows: int
   columns: int
-  per_bucket: int  # rows that share a bucket: a power of two up to 32
-  buckets: int  # rows of buckets; row r falls into number (r div per_bucket) mod buckets
-  offset: int  # of the first bucket in the sketch
+  lot: int  # rows that share a pair of buckets: a power of two up to 32
+  pairs: int  # rows of pairs of buckets
+  buckets: int  # rows of buckets, through which lots go in turn: pairs, or twice as many, or one more
+  offset: Any  # of the first bucket in the sketch
+  turn: Any  # number of the first lot's row of buckets
+  shift: Any  # by how many columns buckets are turned
+
+  @property
+  def shared(self) -> bool:
+    """Whether leaves of as many columns begin in one place: those of which sums of many rows are stored."""
+    return self.buckets > self.pairs > 1 and self.lot >= HASH_ROWS // 2
+
+  def bucket(self, row: Any) -> Any:
+    """In which row of buckets a row falls, for jax and NumPy arrays of uint32: first the first ones of all pairs."""
+    turn = (row // np.uint32(self.lot) + self.turn) % np.uint32(self.buckets)
+    if self.buckets == self.pairs:
+      return turn
+    parity = row % np.uint32(self.lot)
+    if self.lot == 1:  # every turn through all rows of buckets has a parity instead
+      parity = row // np.uint32(self.buckets)
+    for shift in (16, 8, 4, 2, 1) if self.lot == 1 else (4, 2, 1):
+      parity = parity ^ parity >> np.uint32(shift)
+    pairs = np.uint32(self.pairs)
+    half = (parity ^ turn // pairs) & np.uint32(1)
+    where = np.where if isinstance(turn, np.ndarray) else jnp.where
+    return where(turn < 2 * pairs, turn % pairs + half * pairs, turn)
 
 
 def mix(x: Any) -> Any:
@@ -133,12 +168,19 @@ def hashes_of(path: str, shape: tuple[int, ...], seed: int) -> Hashes:
   key = path_key(path, seed)
   rows, columns = math.prod(shape[:-1]), shape[-1] if shape else 1
   column_hashes = index_hash(np.arange(columns, dtype=np.uint32), key)
-  return Hashes(key, column_hashes, index_hash(np.arange(-(-rows // HASH_ROWS), dtype=np.uint32), ~key))
+  row_hashes = index_hash(np.arange(-(-rows // HASH_ROWS), dtype=np.uint32), ~key)
+  return Hashes(key, column_hashes, row_hashes, place_hashes(key))
 
 
-def offset_of(path: str, dim: int, seed: int) -> int:
-  """Where a leaf's first bucket lies in the sketch."""
-  return int(mix(np.asarray([path_key(path, seed)]))[0]) % dim
+def place_hashes(key: np.uint32) -> np.ndarray:
+  """uint32[2]: what decides where a leaf's buckets lie."""
+  first = mix(np.asarray([key]))
+  return np.concatenate([first, mix(first + _GOLDEN)])
+
+
+def ring_of(dim: int) -> int:
+  """How many numbers of a sketch are buckets: an even number, since these come in pairs."""
+  return dim - dim % 2 if dim > 1 else 1
 
 
 def sign_shift(row: Any) -> Any:
@@ -157,12 +199,13 @@ def sign_bits(keys: Any, columns: Any, shift: Any) -> Any:
   return mix(keys[..., None] ^ columns) << shift[..., None]
 
 
-def sum_rows(rows: Sequence[jax.Array], bits: Any, first: Any, part: int | None, grid: Any) -> jax.Array:
-  """float32[n]: the sum of signed rows [n] that share hashes `bits` [n]; `first`: index of the first, of those 32.
+def sum_rows(rows: Sequence[jax.Array], index: Sequence[int], bits: Any, part: int | None, grid: Any) -> jax.Array:
+  """float32[n]: the sum of signed rows [n] with these indices, which share hashes `bits` [n].
 
   One after the other: XLA on CPU would store what a reduction over them is given.
   """
-  signed = [flip(part_of(row, part, grid), bits << sign_shift(np.uint32(first + i))) for i, row in enumerate(rows)]
+  shifts = [sign_shift(np.uint32(i)) for i in index]
+  signed = [flip(part_of(row, part, grid), bits << shift) for row, shift in zip(rows, shifts, strict=True)]
   return functools.reduce(jnp.add, signed)
 
 
@@ -174,7 +217,7 @@ def row_signs(hashes: Hashes, start: int, stop: int) -> np.ndarray:
 
 
 def plan_of(path: str, hashes: Hashes | None, shape: tuple[int, ...], dim: int, seed: int) -> Plan:
-  """That of a leaf; where its hashes are given, its first bucket is number 0."""
+  """That of a leaf, of its hashes where they are given."""
   key = path_key(path, seed) if hashes is None else hashes.key
   columns = shape[-1] if shape else 1
   rows = math.prod(shape[:-1])
@@ -183,16 +226,42 @@ def plan_of(path: str, hashes: Hashes | None, shape: tuple[int, ...], dim: int, 
       f"sedjax.sketch.count: leaf {path!r} has {max(rows, columns):,} {'rows' if rows > columns else 'columns'}, "
       "and indices of up to 2**32 are told apart; split the leaf, or give it more trailing numbers and fewer rows."
     )
-  # Where whole bucket rows would leave more than a ninth of the sketch empty, they wrap around it once.
-  laps = 1 if 9 * (dim // columns * columns) >= 8 * dim else 2
-  capacity = max(1, laps * dim // columns)
-  # As many rows share a bucket as leave two or more in each row of buckets, so that all buckets are filled alike.
-  per_bucket = HASH_ROWS
-  while per_bucket > 1 and -(-rows // per_bucket) < 2 * capacity:
-    per_bucket //= 2
-  buckets = min(-(-rows // per_bucket), capacity)
-  offset = offset_of(path, dim, seed) if hashes is None else 0
-  return Plan(key, rows, columns, per_bucket, buckets, offset)
+  # As many rows of buckets as fill eight ninths of the sketch: of pairs, so that they reach around it, if need be.
+  buckets = dim // columns
+  if 9 * (buckets - buckets % 2) * columns >= 8 * dim:
+    buckets -= buckets % 2
+  elif buckets not in (5, 7) or 9 * buckets * columns < 8 * dim:
+    buckets = 2 * (dim // 2 // columns + 1)
+  pairs = buckets // 2
+  # As many rows in a lot as leave two or more lots for each row of pairs, so that all buckets are filled alike. Small
+  # leaves are not summed before they are added to the sketch.
+  lot = HASH_ROWS if rows * columns > _SMALL else 1
+  while lot > 1 and -(-rows // lot) < 2 * pairs:
+    lot //= 2
+  if rows <= pairs:  # the first buckets of pairs are enough
+    pairs = buckets = rows
+  first, second = [int(x) for x in place_hashes(key)] if hashes is None else hashes.place
+  plan = Plan(key, rows, columns, lot, pairs, buckets, first % dim, 0, 0)
+  if not plan.shared:
+    return plan
+  shared = int(mix(index_hash(np.asarray([columns], np.uint32), path_key("", seed)))[0]) % dim
+  return plan._replace(offset=shared, turn=first % buckets, shift=second % columns)
+
+
+def halves_of(parts: Sequence[Any], dim: int) -> list[Any]:
+  """What a leaf's bucket sums add from its place on, and what from half of the sketch further on, if anything.
+
+  Args:
+    parts: flat sums of pairs' first buckets, and if there are any, of their second ones and of a row that is left.
+    dim: of the sketch.
+  """
+  if len(parts) == 1:
+    return list(parts)
+  first, second, left = parts
+  if not left.size:
+    return [first, second]
+  gap, concatenate = dim // 2 - first.size, np.concatenate if isinstance(first, np.ndarray) else jnp.concatenate
+  return [concatenate([first, left[:gap]]), concatenate([second, left[gap:]])]
 
 
 @functools.partial(jax.jit, inline=True)

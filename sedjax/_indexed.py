@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from sedjax._count import (
   Plan,
   flip,
   folded_sum,
+  halves_of,
   index_hash,
   part_of,
   plan_of,
@@ -47,8 +48,7 @@ def _bucket_sums(piece: Piece, plan: Plan, most: int, part: Any, grid: Any, stor
   row = piece.row_index()
   keys, columns = index_hash(row // np.uint32(HASH_ROWS), ~plan.key), index_hash(piece.column_index(), plan.key)
   shift = sign_shift(row)
-  bucket = row // np.uint32(plan.per_bucket) % np.uint32(plan.buckets)
-  hashes = keys, columns, shift, bucket
+  hashes = keys, columns, shift, plan.bucket(row)
   few = _few(plan) if stores else 1
   return _hashed_bucket_sums(piece.array, hashes, grid, buckets=plan.buckets, few=few, most=most, part=part)
 
@@ -119,7 +119,13 @@ def _chunked_bucket_sums(piece: Piece, plan: Plan, part: Any, grid: Any) -> jax.
 
 def _is_folded(plan: Plan, dim: int, laps: int = _MOST_LAPS) -> bool:
   """Whether the sums of a block are folded at once: else there would be the whole leaf's columns on each device."""
-  return plan.buckets == 1 and plan.columns > laps * dim
+  return plan.pairs == 1 and plan.columns > laps * dim
+
+
+def _folded_rows(sums: jax.Array, dim: int) -> jax.Array:
+  """float32[g, dim]: each row of sums [g, n] around a sketch as often as need be."""
+  laps = [folded_sum(row, dim) for row in sums]
+  return jnp.stack([jnp.pad(row, (0, dim - row.size)) for row in laps])
 
 
 def _sums_on_cpu(piece: Piece, plan: Plan, dim: int, part: Any, grid: Any) -> jax.Array:
@@ -132,8 +138,7 @@ def _sums_on_cpu(piece: Piece, plan: Plan, dim: int, part: Any, grid: Any) -> ja
   def sums(first: Any, count: int) -> jax.Array:
     start_of_chunk = (*start[:-1], start[-1] + jnp.asarray(first, jnp.uint32))
     chunk = piece._replace(array=slice_of(x, first, count, x.ndim - 1), start=start_of_chunk)
-    flat = folded_sum(_chunked_bucket_sums(chunk, plan, part, grid).reshape(-1), dim)
-    return jnp.pad(flat, (0, dim - flat.size))[None]
+    return _folded_rows(_chunked_bucket_sums(chunk, plan, part, grid), dim)
 
   return _sum_of_parts(sums, x.shape[-1], size)
 
@@ -148,31 +153,82 @@ def _is_automatic(mesh: Any) -> bool:
   return all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
 
 
-def gathered(vector: jax.Array) -> jax.Array:
-  """Returns the vector, whole on every device of an automatic mesh: its pieces would be sent around one by one."""
-  mesh = _placement.mesh_of(vector)
+def gathered(x: jax.Array) -> jax.Array:
+  """Returns the array, whole on every device of an automatic mesh: its pieces would be sent around one by one."""
+  mesh = _placement.mesh_of(x)
   if mesh.empty or not _is_automatic(mesh):
-    return vector
-  return lax.with_sharding_constraint(vector, jax.NamedSharding(mesh, jax.P()))
+    return x
+  return lax.with_sharding_constraint(x, jax.NamedSharding(mesh, jax.P()))
 
 
-def _placed_sums(piece: Piece, plan: Plan, sums: jax.Array, dim: int, laps: int) -> jax.Array:
-  """float32[at most laps·dim]: what bucket sums [g, n] of a leaf or block add, from the leaf's first bucket on.
+class Term(NamedTuple):
+  """What is to be added to a row."""
 
-  Where they are more, they are folded into one lap around the sketch.
-  """
-  if piece.start is None or sums.shape[1] == plan.columns:
-    flat = sums.reshape(-1)
+  at: int  # place in the sketch of the first number
+  sums: jax.Array  # [k]; or [g, n], bucket sums of a leaf that shares its place
+  pairs: int = 0  # rows of pairs of buckets, of bucket sums
+  start: Any = 0  # by how many columns bucket sums are to be turned
+
+
+def _turned(sums: jax.Array, shift: Any, columns: int) -> jax.Array:
+  """[g, columns]: bucket sums [g, at most columns], which begin in the column `shift` and go around."""
+  mesh = _placement.mesh_of(sums)
+  if sums.shape[1] == columns and not mesh.empty and _is_automatic(mesh):  # of what partitioners would gather
+    return jnp.roll(sums, shift, 1)
+  size = 2 * columns
+  padded = lax.pad(sums, sums.dtype.type(0), ((0, 0, 0), (size, size - sums.shape[1], 0)))
+  around = lax.dynamic_slice_in_dim(padded, size - jnp.asarray(shift, jnp.int32), size, 1)
+  return around[:, :columns] + around[:, columns:]
+
+
+def _placed_sums(piece: Piece, plan: Plan, sums: jax.Array, dim: int, laps: int) -> list[Term]:
+  """What bucket sums [g, n] of a leaf or block add; what is more than so many laps is folded into one."""
+  start = 0 if piece.start is None or sums.shape[1] == plan.columns else piece.start[-1]
+  if plan.shared:
+    return [Term(plan.offset, _turned(sums, plan.shift, plan.columns), plan.pairs, start)]
+  if isinstance(start, int) and sums.shape[1] == plan.columns:
+    placed = sums
   elif _is_folded(plan, dim, laps):
-    flat = folded_sum(sums.reshape(-1), dim)
-    first = jnp.asarray(piece.start[-1], jnp.uint32) % np.uint32(dim)
-    return jnp.roll(jnp.pad(flat, (0, dim - flat.size)), first.astype(jnp.int32))
+    first = jnp.asarray(start, jnp.uint32) % np.uint32(dim)
+    placed = jnp.roll(_folded_rows(sums, dim), first.astype(jnp.int32), 1)
   else:
     # A slice of what is padded, not an update of zeros, which TPUs would store before and after it.
-    at = jnp.asarray(piece.start[-1], jnp.int32)
     padded = lax.pad(sums, sums.dtype.type(0), ((0, 0, 0), (plan.columns, plan.columns, 0)))
-    flat = lax.dynamic_slice_in_dim(padded, plan.columns - at, plan.columns, 1).reshape(-1)
-  return folded_sum(flat, dim) if flat.size > laps * dim else flat
+    placed = lax.dynamic_slice_in_dim(padded, plan.columns - jnp.asarray(start, jnp.int32), plan.columns, 1)
+  halves = _halves(placed, plan.pairs, dim)
+  halves = [folded_sum(half, dim) if half.size > laps * dim else half for half in halves]
+  if not isinstance(plan.offset, int):  # of hashes that are traced
+    row = sum_terms([Term(i * (dim // 2), half) for i, half in enumerate(halves)], dim)
+    return [Term(0, jnp.roll(row, plan.offset.astype(jnp.int32)))]
+  return [Term((plan.offset + i * (dim // 2)) % dim, half) for i, half in enumerate(halves)]
+
+
+def _halves(sums: jax.Array, pairs: int, dim: int) -> list[jax.Array]:
+  """`halves_of` bucket sums [g, n]; as one where the second half follows the first."""
+  flat, end = sums.reshape(-1), pairs * sums.shape[1]
+  if sums.shape[0] == pairs or (2 * end == flat.size == dim):
+    return [flat]
+  return halves_of([flat[:end], flat[end : 2 * end], flat[2 * end :]], dim)
+
+
+def _laid_out(terms: list[Term], dim: int) -> list[Term]:
+  """Terms without bucket sums."""
+  shared: dict[Any, list[Term]] = {}
+  for term in terms:
+    start = term.start if isinstance(term.start, int) else id(term.start)
+    shared.setdefault((term.at, term.sums.shape, start) if term.pairs else None, []).append(term)
+  found = shared.pop(None, [])
+  by_place: dict[Any, list[Term]] = {}
+  for alike in shared.values():
+    sums, start = functools.reduce(jnp.add, [term.sums for term in alike]), alike[0].start
+    if not (isinstance(start, int) and start == 0):
+      sums = jnp.roll(sums, jnp.asarray(start, jnp.int32), 1)
+    by_place.setdefault((alike[0].at, sums.shape), []).append(alike[0]._replace(sums=sums))
+  for alike in by_place.values():
+    sums = functools.reduce(jnp.add, [term.sums for term in alike])
+    halves = [folded_sum(half, dim) for half in _halves(sums, alike[0].pairs, dim)]
+    found += [Term((alike[0].at + i * (dim // 2)) % dim, half) for i, half in enumerate(halves)]
+  return found
 
 
 def _folding_rule(piece: Piece, plan: Plan, dim: int, sums_of: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -185,7 +241,7 @@ def _folding_rule(piece: Piece, plan: Plan, dim: int, sums_of: Callable[..., jax
 
   def folded(x: jax.Array, grid: Any, start: tuple[Any, ...]) -> jax.Array:
     block = piece._replace(array=x, start=start)
-    return _placed_sums(block, plan, sums_of(block, grid), dim, laps=1)
+    return sum_terms(_placed_sums(block, plan, sums_of(block, grid), dim, laps=1), dim)
 
   def whole(x: jax.Array, grid: Any) -> jax.Array:
     return folded(x, grid, (0,) * x.ndim)
@@ -199,7 +255,7 @@ def _folding_rule(piece: Piece, plan: Plan, dim: int, sums_of: Callable[..., jax
     spec = _placement.normalised(args[0].sharding.spec, len(piece.shape))
 
     def local(x: jax.Array, grid: Any) -> jax.Array:
-      start = _placement.block_start(x.shape, spec)
+      (start,) = _placement.block_starts([x.shape], [spec])
       for axis, (first, size) in enumerate(zip(start, piece.shape, strict=True)):
         if x.shape[axis] * math.prod(mesh.shape[name] for name in spec[axis]) > size:  # the last block is padded
           size = np.uint32(size)
@@ -221,10 +277,8 @@ def _folding_rule(piece: Piece, plan: Plan, dim: int, sums_of: Callable[..., jax
   return by_hand
 
 
-def indexed_term(
-  piece: Piece, dim: int, seed: int, part: Any, grid: Any, alone: bool, wait: Any = 0
-) -> tuple[int, jax.Array]:
-  """A place in the sketch, and what a leaf or block adds from there on.
+def indexed_terms(piece: Piece, dim: int, seed: int, part: Any, grid: Any, alone: bool, wait: Any = 0) -> list[Term]:
+  """What a leaf or block adds.
 
   Args:
     piece, dim, seed, part, grid: see `sedjax.sketch`.
@@ -242,12 +296,14 @@ def indexed_term(
     if plan.buckets * plan.columns > dim and may_be_split(piece.array) and automatic and countable:
 
       def plain(array: jax.Array, grid: Any) -> jax.Array:
-        return folded_sum(_bucket_sums(piece._replace(array=array), plan, most, part, grid).reshape(-1), dim)
+        sums = _bucket_sums(piece._replace(array=array), plan, most, part, grid)
+        return sum_terms(_placed_sums(piece, plan, sums, dim, laps=1), dim)
 
       on_cpu = _folding_rule(piece, plan, dim, lambda block, grid: _sums_on_cpu(block, plan, dim, part, grid))
       on_gpu = _folding_rule(piece, plan, dim, lambda block, grid: _bucket_sums(block, plan, plan.buckets, part, grid))
       array = lax.stop_gradient(piece.array)
-      return plan.offset, lax.platform_dependent(array, jnp.asarray(grid), cpu=on_cpu, cuda=on_gpu, default=plain)
+      row = lax.platform_dependent(array, jnp.asarray(grid), cpu=on_cpu, cuda=on_gpu, default=plain)
+      return [Term(0, row)]
     if plan.rows == 1:
       piece = piece._replace(array=gathered(piece.array))
 
@@ -261,7 +317,7 @@ def indexed_term(
   else:
 
     def folded(sums: jax.Array) -> jax.Array:
-      return folded_sum(sums.reshape(-1), dim)[None] if _is_folded(plan, dim) else sums
+      return _folded_rows(sums, dim) if _is_folded(plan, dim) else sums
 
     def chunked(array: jax.Array, start: Any, grid: Any, wait: Any) -> jax.Array:
       start = (start[0] + jnp.asarray(wait, jnp.uint32), *start[1:])
@@ -273,24 +329,25 @@ def indexed_term(
     def strided(array: jax.Array, start: Any, grid: Any, _: Any) -> jax.Array:
       return folded(block_sums(piece._replace(array=array, start=start), plan, part, grid))
 
-    on_gpu = strided if jax.default_backend() == "gpu" and aligned(piece) else chunked
+    on_gpu = strided if jax.default_backend() == "gpu" and plan.lot > 1 and aligned(piece) else chunked
     sums = lax.platform_dependent(piece.array, piece.start, grid, wait, cpu=chunked, cuda=on_gpu, default=direct)
-  return plan.offset, _placed_sums(piece, plan, sums, dim, _MOST_LAPS)
+  return _placed_sums(piece, plan, sums, dim, _MOST_LAPS)
 
 
-def sum_terms(terms: list[tuple[int, jax.Array]], dim: int) -> jax.Array:
+def sum_terms(terms: list[Term], dim: int) -> jax.Array:
   """float32[dim]: the sum of terms that begin at given places and go around the end as often as need be."""
-  laps = max(-(-(at + term.size) // dim) for at, term in terms)
+  terms = _laid_out(terms, dim)
+  laps = max(-(-(at + term.size) // dim) for at, term, *_ in terms)
   # Small terms that do not overlap share an array, so that each does not cost a whole one.
   layers: list[list[tuple[int, jax.Array]]] = []
-  for at, term in sorted(terms, key=lambda term: term[0]):
+  for at, term, *_ in sorted(terms, key=lambda term: term.at):
     fits = (layer for layer in layers if layer[-1][0] + layer[-1][1].size <= at)
     layer = next(fits, None) if 4 * term.size < dim else None
     if layer is None:
       layers.append([(at, term)])
     else:
       layer.append((at, term))
-  dtype = terms[0][1].dtype
+  dtype = terms[0].sums.dtype
   total = jnp.zeros((laps * dim,), dtype)
   for layer in layers:
     parts, first, end = [], layer[0][0], layer[0][0]

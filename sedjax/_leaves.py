@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 from sedjax._compile import ROW_OPTIONS, compiling, known
-from sedjax._count import HASH_ROWS, WIDE, Hashes, Piece, row_signs
+from sedjax._count import HASH_ROWS, WIDE, Hashes, Piece, Plan, halves_of, ring_of, row_signs
 from sedjax._selection import Leaf, Selection, aligned
-from sedjax._strided import chunk_sums, stride_of
+from sedjax._strided import chunk_sums, lot_sums, stride_of
 from sedjax.sketch import Count, as_real
 
 _PLAIN = 2**18  # numbers of tensors that NumPy sketches, in less time than it takes to compile for them
@@ -62,12 +62,13 @@ class _Way(NamedTuple):
   """How the rows of a tensor are summed, that a count sketch sees as m rows by n columns."""
 
   path: str
-  shape: tuple[int, int]
-  per_bucket: int
-  buckets: int
-  offset: int
-  stride: int  # rows of a bucket that a compiled function sums
+  plan: Plan
+  stride: int  # rows of a lot that a compiled function sums
   chunk: int  # rows that one call of it sums; 0 where NumPy sums all
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    return self.plan.rows, self.plan.columns
 
 
 class Part(NamedTuple):
@@ -99,12 +100,12 @@ class Sketcher:
         continue
       columns = leaf.columns
       plan = self._sketch.plan(leaf.path, leaf.shape)
-      stride = stride_of(leaf.dtype, plan.per_bucket, WIDE)
-      way = _Way(leaf.path, (plan.rows, columns), plan.per_bucket, plan.buckets, plan.offset, stride, 0)
+      stride = stride_of(leaf.dtype, plan.lot, WIDE)
+      way = _Way(leaf.path, plan, stride, 0)
       self._ways[leaf.path] = way
       if leaf.info.size > _PLAIN and plan.rows >= HASH_ROWS:
-        # By the rows of a bucket rather than the stride: of larger tensors chunks are larger.
-        alike[columns, leaf.dtype, plan.per_bucket].append(way)
+        # By the rows of a lot rather than the stride: of larger tensors chunks are larger.
+        alike[columns, leaf.dtype, plan.lot].append(way)
     for (columns, dtype, _), ways in alike.items():
       chunk = _chunk_rows([way.shape[0] for way in ways], columns)
       _compiled_chunk(chunk, columns, dtype, ways[0].stride)
@@ -130,8 +131,9 @@ class Sketcher:
       call = _compiled_whole(self._sketch, leaf.axes, leaf.info.shape, leaf.dtype).result()
       with jax.enable_x64(True):
         found = call(jax.device_put(array.reshape(leaf.info.shape)), _hashes(self._sketch, leaf.path, shape))
-      return _add(np.asarray(found), row, self._sketch.offset(leaf.path))
-    columns = way.shape[1]
+      row += np.asarray(found)
+      return
+    plan, columns = way.plan, way.plan.columns
     x = array.reshape(-1, columns)
     if part.rows == way.chunk:
       hashes = _hashes(self._sketch, way.path, way.shape)
@@ -139,20 +141,45 @@ class Sketcher:
       keys = hashes.rows[part.start // HASH_ROWS : (part.start + part.rows) // HASH_ROWS]
       with jax.enable_x64(True):
         sums = np.asarray(call(x, keys, hashes.columns))
-      if way.stride < way.per_bucket:
-        sums = sums.reshape(-1, way.per_bucket // way.stride, columns).sum(1)
+      sums = lot_sums(sums, plan.lot // way.stride)
     else:
       signs = (_signs if x.size <= _KEPT else _signs.__wrapped__)(self._sketch, way.path, way.shape, part.start)
-      sums = np.multiply(signs, x if x.dtype.kind == "f" else x.astype(np.float64), dtype=np.float64)
-      if way.per_bucket > 1 and len(sums) > 1:
-        sums = np.add.reduceat(sums, np.arange(0, len(sums), way.per_bucket))
+      signed = np.multiply(signs, x if x.dtype.kind == "f" else x.astype(np.float64), dtype=np.float64)
+      lots = -(-len(x) // plan.lot)
+      if lots * plan.lot > len(x):
+        signed = np.concatenate([signed, np.zeros((lots * plan.lot - len(x), columns))])
+      sums = np.matmul(_parities(plan.lot), signed.reshape(lots, plan.lot, columns))
+    _add_lots(sums[part.known // plan.lot :], (part.start + part.known) // plan.lot, plan, row)
 
-    rest = sums[part.known // way.per_bucket :]
-    bucket = (part.start + part.known) // way.per_bucket % way.buckets
-    while len(rest):
-      lap, rest = rest[: way.buckets - bucket], rest[way.buckets - bucket :]
-      _add(lap.reshape(-1), row, (way.offset + bucket * columns) % row.size)
-      bucket = 0
+
+@functools.cache
+def _parities(lot: int) -> np.ndarray:
+  """float64[1 or 2, lot]: which rows of a lot have each parity."""
+  odd = np.asarray([i.bit_count() % 2 for i in range(lot)])
+  return np.stack([odd == 0, odd == 1][: min(lot, 2)]).astype(np.float64)
+
+
+def _add_lots(lots: np.ndarray, number: int, plan: Plan, row: np.ndarray) -> None:
+  """Adds sums of lots [lots, 1 or 2, n], one after the other from this number on, to a sketch."""
+  pairs, buckets, columns = plan.pairs, plan.buckets, plan.columns
+  total = np.zeros((buckets, columns))
+  while len(lots):
+    turn = (number + plan.turn) % buckets
+    second = turn // pairs
+    odd = (number // buckets).bit_count() % 2 if plan.lot == 1 else 0
+    some = lots[: min(pairs * (second + 1), buckets) - turn]
+    if second == 2:  # the row of buckets that is left
+      total[turn] += some[0].sum(0)
+    else:
+      for parity in range(some.shape[1]):
+        first = (parity ^ odd ^ second) * pairs + turn % pairs if buckets > pairs else turn
+        total[first : first + len(some)] += some[:, parity]
+    lots, number = lots[len(some) :], number + len(some)
+  flat = np.roll(total, plan.shift, 1).reshape(-1) if plan.shift else total.reshape(-1)
+  ring, end = row[: ring_of(row.size)], pairs * columns
+  parts = [flat] if buckets == pairs else [flat[:end], flat[end : 2 * end], flat[2 * end :]]
+  for i, half in enumerate(halves_of(parts, ring.size)):
+    _add(half, ring, (plan.offset + i * (ring.size // 2)) % ring.size)
 
 
 def _add(sums: np.ndarray, row: np.ndarray, offset: int) -> None:

@@ -22,7 +22,7 @@ _SLICES = 16
 
 def is_long(piece: Piece, plan: Plan) -> bool:
   """Whether a leaf's rows share their hashes and their buckets, and are long."""
-  return plan.rows <= HASH_ROWS and plan.buckets == 1 and piece.array.size > _LEAST
+  return plan.rows <= HASH_ROWS and plan.pairs == 1 and piece.array.size > _LEAST
 
 
 def long_row(piece: Piece, plan: Plan, dim: int, part: int | None, grid: Any) -> jax.Array:
@@ -35,17 +35,22 @@ def long_row(piece: Piece, plan: Plan, dim: int, part: int | None, grid: Any) ->
       return lax.dynamic_slice_in_dim(piece.hashes.columns, first, count)
     return index_hash(lax.iota(jnp.uint32, count) + jnp.asarray(first, jnp.uint32), plan.key)
 
-  def add(row: jax.Array, first: Any, count: int) -> jax.Array:
+  half_of = plan.bucket(np.arange(plan.rows, dtype=np.uint32))
+  halves = [np.flatnonzero(half_of == half).tolist() for half in range(plan.buckets)]
+
+  def add(rows: list[jax.Array], first: Any, count: int) -> list[jax.Array]:
+    rows = list(rows)
     for lap in range(0, count, dim):  # each with operations of its own: those that all share XLA would store
       at, width = first + lap, min(dim, count - lap)
       bits = mix(row_hash ^ column_hashes(at, width))
-      blocks = [slice_of(x[i], at, width, 0) for i in range(plan.rows)]
-      row = row + jnp.pad(sum_rows(blocks, bits, 0, part, grid), (0, dim - width))
-    return row
+      for half, index in enumerate(halves):
+        blocks = [slice_of(x[i], at, width, 0) for i in index]
+        rows[half] = rows[half] + jnp.pad(sum_rows(blocks, index, bits, part, grid), (0, dim - width))
+    return rows
 
   size = dim * max(1, _SLICES // plan.rows)
   whole, rest = divmod(plan.columns, size)
-  row = add(jnp.zeros((dim,), sum_dtype(part)), whole * size, rest)
-  if not whole:
-    return row
-  return lax.fori_loop(np.uint32(0), np.uint32(whole), lambda i, row: add(row, i * np.uint32(size), size), row)
+  rows = add([jnp.zeros((dim,), sum_dtype(part))] * len(halves), whole * size, rest)
+  if whole:
+    rows = lax.fori_loop(np.uint32(0), np.uint32(whole), lambda i, rows: add(rows, i * np.uint32(size), size), rows)
+  return rows[0] if len(rows) == 1 else rows[0] + jnp.roll(rows[1], dim // 2)

@@ -174,6 +174,7 @@ def _carry_parts(old: Parts, new: Parts, old_sizes: tuple[int, ...], new_sizes: 
     gram=along(along(facts.gram, -1, present), -2, present),
     scale=along(facts.scale, -1, present),
     dims=along(facts.dims, -1, present),
+    noise_dims=along(facts.noise_dims, -1, present),
     steps=along(facts.steps, 0, index <= kept),
   )
   by_size = {size: j for j, size in enumerate(old_sizes)}

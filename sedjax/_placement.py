@@ -244,12 +244,19 @@ class Blocks:
     return {path: spec for path, (spec,) in fitting[0].items()}
 
 
-def block_start(shape: tuple[int, ...], spec: Spec) -> tuple[Any, ...]:
-  """Index in the whole leaf of the first number of this device's block of `shape`, by dimension."""
-  return tuple(
-    jax.lax.axis_index(names).astype(jnp.uint32) * jnp.uint32(size) if names else 0
-    for size, names in zip(shape, spec or ((),) * len(shape), strict=True)
-  )
+def block_starts(shapes: Sequence[tuple[int, ...]], specs: Sequence[Spec]) -> list[tuple[Any, ...]]:
+  """By leaf: index in it of the first number of this device's block, of such a shape, by dimension.
+
+  Those that are alike are one object.
+  """
+  seen: dict[Any, Any] = {}
+
+  def start(size: int, names: tuple[str, ...]) -> Any:
+    if names and (size, names) not in seen:
+      seen[size, names] = jax.lax.axis_index(names).astype(jnp.uint32) * jnp.uint32(size)
+    return seen[size, names] if names else 0
+
+  return [tuple(map(start, shape, spec or ((),) * len(shape))) for shape, spec in zip(shapes, specs, strict=True)]
 
 
 def is_first(axes: Sequence[str]) -> Any:

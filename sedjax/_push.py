@@ -42,7 +42,8 @@ def _enter(
   facts = Rows(
     gram,
     jnp.where(here, scale[:, None], facts.scale),
-    jnp.where(here, dims[:, None], facts.dims),
+    jnp.where(here, dims[0, :, None], facts.dims),
+    jnp.where(here, dims[1, :, None], facts.noise_dims),
     jnp.where(here, jnp.where(lossy, -steps, steps), facts.steps),
   )
   count = jnp.minimum(state.pushed, _INT_MAX - 1) + 1
@@ -129,7 +130,7 @@ def push_gram(config: Config, state: TrackerState, gram: Any, dims: Any, steps: 
     state: from `init`, for a tree whose leaves hold no numbers, or from the last call.
     gram: float64[G, n] in NumPy, inner products of the row with itself and with the rows before it, newest first; 0
       beyond the first row.
-    dims: float64[G] in NumPy, effective dimensions of the row.
+    dims: float64[G] in NumPy, dimensions of the row.
     steps: int, optimizer steps in the row.
 
   Returns:
@@ -148,7 +149,7 @@ def push_gram(config: Config, state: TrackerState, gram: Any, dims: Any, steps: 
   column[:, order] = np.where(product > 0, gram / np.where(product > 0, product, 1), 0)
   high = column.astype(np.float32)
   pair = np.stack([high, (column - high).astype(np.float32)])
-  scale, dims = scales[:, cursor].astype(np.float32), np.asarray(dims, np.float32)
+  scale, dims = scales[:, cursor].astype(np.float32), np.stack([dims, dims]).astype(np.float32)
   return _enter_pair(config, state, pair, scale, dims, np.int32(steps))
 
 

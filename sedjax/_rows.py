@@ -70,11 +70,11 @@ def _sketch_row(config: Config, layout: Layout, part: int | None = None, grid: A
 
   def local(blocks: list[jax.Array], grid: Any) -> jax.Array:
     pieces, groups = [], []
-    for i, block in zip(tracked, blocks, strict=True):
+    starts = _placement.block_starts([block.shape for block in blocks], [layout.specs[i] for i in tracked])
+    for i, block, start in zip(tracked, blocks, starts, strict=True):
       piece = Piece(layout.paths[i], sketch.as_real(block), rank=layout.ranks[i] if layout.ranks else 0)
       if layout.axes:
         extra = piece.array.ndim - block.ndim  # complex leaves have one more axis
-        start = _placement.block_start(block.shape, layout.specs[i])
         piece = piece._replace(start=(0,) * extra + start, shape=(2,) * extra + layout.shapes[i])
       pieces.append(piece)
       groups.append(int(layout.group[i] or 0) + labels * silent.index(_speaks(layout, i)))
@@ -224,28 +224,55 @@ def _sizes(config: Config, layout: Layout) -> tuple[int, ...]:
 def gram_column(
   config: Config, layout: Layout, rows: Any, row: Any, slot: jax.Array, scales: jax.Array
 ) -> tuple[Any, Any, Any]:
-  """Gram column of `row`, to be written into `slot` of `rows`: float32[parts, G, n]; its scales and dimensions [G]."""
+  """Gram column of `row`, to be written into `slot` of `rows`: float32[parts, G, n]; its scales [G], dimensions [2, G].
+
+  The dimensions are those of the sketch's error, and of noise.
+  """
   if config.exact:
     column, scale, dims = _exact_column(config, layout, rows, row, slot, scales)
+    dims = jnp.stack([dims, dims])
   else:
     column, scale, dims = sketch_column(rows, row, slot, scales)
   return column, scale, _at_most(dims, _sizes(config, layout))
 
 
+def _inverse(x: jax.Array, where: jax.Array) -> jax.Array:
+  return jnp.where(where, 1 / jnp.where(where, x, 1), 0)
+
+
 def _effective_dim(squares: jax.Array, energy: jax.Array) -> jax.Array:
-  """float32[G]: of rows whose numbers have these squares [G, dim] and sums of squares [G, 1].
+  """float32[G]: of rows whose numbers have these squares [G, dim] and sums of squares [G], the sketch's dimension.
+
+  Two numbers a, b of a pair of buckets are sums of as many updates with signs of their own, of which a²b² is on average
+  what the energies are whose product makes the error: 1/d is 2Σa²b²/(Σs²)². Buckets that have one update each add
+  nothing to it. Where few pairs outweigh the others each is held against what the others have, since it is a good part
+  of the sum itself: then, too, the mean over draws is right within 15 %, however many pairs share however much of the
+  energy (tested).
+  """
+  half = squares.shape[-1] // 2
+  first, second = (squares[:, :half], squares[:, half : 2 * half]) if half else (squares, squares)
+  both = first + second
+  # A pair's share of e = a² + b² is 2a²b² / ((E - e)² + e(E - e)/4 + e²/2 + 3(Σe² - e²)).
+  total = energy * energy + 3 * (both * both).sum(-1)
+  whole = total[:, None] - np.float32(1.75) * both * (energy[:, None] + both)
+  shares = jnp.where(whole > 0, 2 * first * second / jnp.where(whole > 0, whole, 1), 0).sum(-1)
+  return jnp.where(energy > 0, jnp.where(shares > 0, _inverse(shares, shares > 0), jnp.inf), 0)
+
+
+def _noise_dim(squares: jax.Array, energy: jax.Array) -> jax.Array:
+  """float32[G]: of the same, the dimension of noise whose energy is spread as theirs, seen through the sketch.
 
   Among many buckets alike the shares are s⁴/3(Σs²)², which add up to one over the dimension. Where few buckets outweigh
-  the others each is held against what the others have, since it is a good part of the sum itself: then, too, the mean
-  over draws is right within 40 %, however many buckets share however much of the energy (tested).
+  the others each is held against what the others have, as above: then, too, the mean over draws is right within 40 %,
+  however many buckets share however much of the energy (tested).
   """
   fourth = squares * squares
-  total = 3 * energy * energy + 10 * fourth.sum(-1, keepdims=True)
+  total = 3 * energy * energy + 10 * fourth.sum(-1)
   # A bucket's share is s⁴ / (3(E - s²)² + 10(Σs⁴ - s⁴) + s⁴). The choices keep XLA on CPU from handing a library more
   # than a sum, with which it takes ten times as long.
-  whole = jnp.where(total > 0, total, 1) - 6 * squares * (energy + squares)
+  whole = jnp.where(total > 0, total, 1)[:, None] - 6 * squares * (energy[:, None] + squares)
   shares = jnp.where(whole > 0, fourth / jnp.where(whole > 0, whole, 1), 0).sum(-1)
-  return jnp.where(shares > 0, 1 / jnp.where(shares > 0, shares, 1), 0)
+  return _inverse(shares, shares > 0)
 
 
 def sketch_column(rows: Any, row: Any, slot: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -259,7 +286,7 @@ def sketch_column(rows: Any, row: Any, slot: jax.Array, scales: jax.Array) -> tu
   new = jnp.where(scale[:, None] > 0, row / jnp.where(scale > 0, scale, 1)[:, None], 0)
   squares = new * new
   energy = squares.sum(-1)
-  dims = _effective_dim(squares, energy[:, None])
+  dims = jnp.stack([_effective_dim(squares, energy), _noise_dim(squares, energy)])
   # The rows are scaled after the product, which spares a copy of them. So that it neither overflows nor loses rows down
   # to 1e-38, the new row is as large as the largest of the others allows.
   top = jnp.max(scales, -1)

@@ -24,7 +24,7 @@ _LEAVES = 128
 
 def is_small(piece: Piece, plan: Plan) -> bool:
   """Whether a leaf's rows need no sums, and are few."""
-  return piece.hashes is None and plan.per_bucket == 1 and piece.array.size <= MOST
+  return piece.hashes is None and plan.lot == 1 and piece.array.size <= MOST
 
 
 def lots(
@@ -41,14 +41,22 @@ def lots(
       yield group, [pieces[i] for i in some], [plans[i] for i in some]
 
 
+def places_of(plan: Plan, dim: int) -> np.ndarray:
+  """int64[size]: into which bucket each number of a leaf falls."""
+  bucket = plan.bucket(np.arange(plan.rows, dtype=np.uint32)).astype(np.int64)[:, None]
+  column, half, end = (np.arange(plan.columns) + plan.shift) % plan.columns, dim // 2, plan.pairs * plan.columns
+  left = np.where(column < half - end, end + column, 2 * end + column)  # in the gaps that the others leave
+  place = bucket % plan.pairs * plan.columns + column + bucket // plan.pairs * half
+  return (plan.offset + np.where(bucket < 2 * plan.pairs, place, left)).reshape(-1) % dim
+
+
 def small_row(
   pieces: Sequence[Piece], plans: Sequence[Plan], dim: int, seed: int, part: Any, grid: Any, wait: Any
 ) -> jax.Array:
   """float32[dim]: what a lot of small leaves adds to a row; it waits for what `wait` is made of, a 0 as uint32[]."""
   signs, places = [], []
   for piece, plan in zip(pieces, plans, strict=True):
-    index = np.arange(piece.array.size, dtype=np.int32) % (plan.buckets * plan.columns)
-    places.append((plan.offset + index) % dim)
+    places.append(places_of(plan, dim))
     signs.append(row_signs(hashes_of(piece.path, piece.array.shape, seed), 0, plan.rows).reshape(-1) < 0)
   bits = jnp.asarray(np.concatenate(signs).astype(np.uint8)).astype(jnp.uint32) << 31
   numbers = [piece.array.reshape(-1) for piece in pieces]

@@ -42,7 +42,8 @@ class Rows(NamedTuple):
 
   gram: jax.Array  # float32[parts, G, n, n] of the rows divided by their scales
   scale: jax.Array  # float32[G, n], powers of two; 0 where there is no row
-  dims: jax.Array  # float32[G, n], effective dimensions
+  dims: jax.Array  # float32[G, n], effective dimensions, of the sketch's error
+  noise_dims: jax.Array  # float32[G, n], of noise that is spread as the rows are, see `_rows`
   steps: jax.Array  # int32[n], optimizer steps in each row; negative where rounding may exceed 1 % of it
 
 
@@ -127,7 +128,11 @@ def _of_slots(rows: Rows, slots: jax.Array) -> Rows:
 
   def of(take: Callable[..., jax.Array]) -> Callable[[Rows, jax.Array], Rows]:
     return lambda rows, slots: Rows(
-      take(take(rows.gram, slots, -2), slots), take(rows.scale, slots), take(rows.dims, slots), take(rows.steps, slots)
+      take(take(rows.gram, slots, -2), slots),
+      take(rows.scale, slots),
+      take(rows.dims, slots),
+      take(rows.noise_dims, slots),
+      take(rows.steps, slots),
     )
 
   return jax.lax.platform_dependent(rows, slots, tpu=of(_selected), default=of(_gathered))
@@ -194,14 +199,18 @@ def report_window(
   sigma = relative * unit[:, None]
   full = filled >= window
   ratios = ratios_of(sigma)
-  inverse_dim = share((energy / jnp.maximum(newest.dims, 1)).sum(-1))
-  dims = jnp.where(some, 1 / jnp.where(inverse_dim > 0, inverse_dim, 1), 0)
+
+  def mean(dims: jax.Array) -> jax.Array:
+    inverse = share((energy / jnp.maximum(dims, 1)).sum(-1))
+    return jnp.where(some, 1 / jnp.where(inverse > 0, inverse, 1), 0)
+
+  dims = mean(newest.dims)
   k_star, top, ambiguous = find_edge(ratios, k_max, dims, exact)
   # A row of zeros, as of a group that is frozen, is no motion; ratios among the others would be those of fewer rows.
   moved = jnp.all(newest.scale > 0, -1)
   usable = full & moved
   # One eigenproblem after the other (see `_push`).
-  enter, leave = _thresholds(later_than(energy, relative), dims, momentum, every)
+  enter, leave = _thresholds(later_than(energy, relative), mean(newest.noise_dims), momentum, every)
 
   def at_edge(table: jax.Array) -> jax.Array:
     return jnp.take_along_axis(table, k_star[:, None] - 1, -1)[:, 0]

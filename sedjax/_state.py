@@ -169,6 +169,7 @@ def pack(parts: Parts, reports: Sequence[Report]) -> TrackerState:
   facts = [gram[..., i, :, :, :] for i in range(gram.shape[-4])] + [
     parts.facts.scale[..., None],
     parts.facts.dims[..., None],
+    parts.facts.noise_dims[..., None],
   ]
   return TrackerState(
     parts.rows,
@@ -184,13 +185,13 @@ def pack(parts: Parts, reports: Sequence[Report]) -> TrackerState:
 def unpack(state: TrackerState) -> Parts:
   """The inverse of `pack`, but for the reports."""
   slots = state.facts.shape[-2]
-  starts = range(0, state.facts.shape[-1] - 2, slots)
+  starts = range(0, state.facts.shape[-1] - 3, slots)
   gram = jnp.stack([state.facts[..., start : start + slots] for start in starts], -4)
   steps, counters = state.counters[..., :slots], state.counters[..., slots:]
   return Parts(
     rows=state.rows,
     base=state.base,
-    facts=Rows(gram, state.facts[..., -2], state.facts[..., -1], steps),
+    facts=Rows(gram, state.facts[..., -3], state.facts[..., -2], state.facts[..., -1], steps),
     **_columns(counters, COUNTERS),
     map_id=map_id_of(state),
     windows=tuple(_unpack_window(packed, slots) for packed in state.windows),

@@ -146,6 +146,7 @@ def _first_state(
       _zeros((2 if exact else 1, groups, slots, slots)),
       _zeros((groups, slots)),
       _zeros((groups, slots)),
+      _zeros((groups, slots)),
       _zeros((slots,), jnp.int32),
     ),
     **dict.fromkeys(("cursor", "pushed", "filled", "elapsed", "nonfinite", "zero"), zero()),

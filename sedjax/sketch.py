@@ -25,13 +25,13 @@ from sedjax._count import (
   hashes_of,
   index_hash,
   mix,
-  offset_of,
   part_of,
   path_key,
   plan_of,
+  ring_of,
   sum_dtype,
 )
-from sedjax._indexed import gathered, indexed_term, sum_terms
+from sedjax._indexed import Term, gathered, indexed_terms, sum_terms
 from sedjax._late import by_devices
 from sedjax._order import shared_zero_of
 from sedjax._placement import mesh_of, varying_axes
@@ -39,7 +39,7 @@ from sedjax._strided import strided_rows
 
 __all__ = ["Count", "Exact", "Gaussian", "count", "exact", "gaussian"]
 
-_VERSION = 2
+_VERSION = 3
 
 
 def as_real(leaf: Any) -> jax.Array:
@@ -78,11 +78,6 @@ class _Sketch:
     """What `Piece.hashes` of a real leaf is, in NumPy."""
     return hashes_of(path, shape, self.seed)
 
-  def offset(self, path: str) -> int:
-    """By how much the row of a leaf that was sketched by its hashes is to be rolled."""
-    del path
-    return 0
-
   def apply(self, path: str, leaf: jax.Array) -> jax.Array:
     """float32[dim]: the sketch of one real leaf of any shape and float dtype."""
     pieces = [Piece(path, leaf)] if leaf.size else []
@@ -108,7 +103,8 @@ def _count_rows(
     pieces: real leaves or blocks, none of them empty.
     groups: by piece, index of its label.
     labels: how many labels there are.
-    dim, seed: of the sketch.
+    dim: how many buckets there are, see `ring_of`.
+    seed: of the sketch.
     part, grid: see `part_of`.
   """
   grid = jnp.float32(1) if grid is None else grid
@@ -120,16 +116,15 @@ def _count_rows(
     return strided_rows(placed, groups, labels, dim, seed, part, grid, gpu)
 
   def indexed(arrays: list[jax.Array], grid: Any, alone: bool = False) -> list[jax.Array]:
-    terms: list[list[tuple[int, jax.Array]]] = [[] for _ in range(labels)]
+    terms: list[list[Term]] = [[] for _ in range(labels)]
     waits: dict[Any, Any] = {}  # only what varies along the same axes can wait without a change of types
     for piece, group, array in zip(bare, groups, arrays, strict=True):
       varying = varying_axes(array, *(piece.start or ()))
-      term = indexed_term(piece._replace(array=array), dim, seed, part, grid, alone, waits.get(varying, 0))
-      terms[group].append(term)
+      terms[group] += indexed_terms(piece._replace(array=array), dim, seed, part, grid, alone, waits.get(varying, 0))
       if piece.start is not None:
-        waits[varying] = shared_zero_of(term[1].astype(jnp.float32))
-        if sum(term.size for _, term in terms[group]) > _ALIVE:
-          terms[group] = [(0, sum_terms(terms[group], dim))]
+        waits[varying] = shared_zero_of(terms[group][-1].sums.astype(jnp.float32))
+        if sum(term.sums.size for term in terms[group]) > _ALIVE:
+          terms[group] = [Term(0, sum_terms(terms[group], dim))]
     rows = [sum_terms(some, dim) if some else jnp.zeros((dim,), sum_dtype(part)) for some in terms]
     return lax.optimization_barrier([gathered(row) for row in rows])
 
@@ -161,14 +156,13 @@ class Count(_Sketch):
   def rows(
     self, pieces: Sequence[Piece], groups: Sequence[int], labels: int, part: int | None = None, grid: Any = None
   ) -> list[jax.Array]:
-    return _count_rows(pieces, groups, labels, self.dim, self.seed, part, grid)
-
-  def offset(self, path: str) -> int:
-    return offset_of(path, self.dim, self.seed)
+    ring = ring_of(self.dim)
+    rows = _count_rows(pieces, groups, labels, ring, self.seed, part, grid)
+    return rows if ring == self.dim else [jnp.pad(row, (0, self.dim - ring)) for row in rows]
 
   def plan(self, path: str, shape: tuple[int, ...]) -> Plan:
     """How the rows of a real leaf fall into buckets."""
-    return plan_of(path, None, shape, self.dim, self.seed)
+    return plan_of(path, None, shape, ring_of(self.dim), self.seed)
 
 
 class Gaussian(_Sketch):

@@ -48,41 +48,81 @@ class Layout(NamedTuple):
 
   rows: int
   columns: int
-  per_bucket: int
+  lot: int
+  pairs: int
   buckets: int
+
+  @property
+  def shared(self):
+    return self.buckets > self.pairs > 1 and self.lot >= 16
 
 
 def layout_of(shape, dim):
   rows, columns = math.prod(shape[:-1]), shape[-1]
-  laps = 1 if 9 * (dim // columns * columns) >= 8 * dim else 2
-  capacity = max(1, laps * dim // columns)
-  per_bucket = next((p for p in (32, 16, 8, 4, 2) if -(-rows // p) >= 2 * capacity), 1)
-  return Layout(rows, columns, per_bucket, min(-(-rows // per_bucket), capacity))
+  most = dim // columns
+  full = [g for g in (most // 2 * 2, *({5, 7} & {most})) if 9 * g * columns >= 8 * dim]
+  buckets = full[0] if full else 2 * (dim // 2 // columns + 1)
+  pairs = buckets // 2
+  lot = next((p for p in (32, 16, 8, 4, 2) if -(-rows // p) >= 2 * pairs and rows * columns > 2**17), 1)
+  return Layout(rows, columns, lot, *((pairs, buckets) if rows > pairs else (rows, rows)))
 
 
-def bucket_sums(x, layout, dim):
-  """[k, dim]: each of k leaves [k, m, n], already signed, summed into buckets, the first of them in place 0."""
-  rows, columns, per_bucket, buckets = layout
-  laps = -(-rows // (per_bucket * buckets))
-  padded = np.zeros((len(x), laps * buckets * per_bucket, columns), x.dtype)
+class Place(NamedTuple):
+  """Where a leaf's buckets lie."""
+
+  first: int
+  turn: int
+  shift: int
+
+
+def place_of(key, layout, seed, dim):
+  first = mix(np.asarray([key]))
+  with np.errstate(over="ignore"):
+    second = mix(first + U(0x9E3779B9))
+  if not layout.shared:
+    return Place(int(first[0]) % dim, 0, 0)
+  with np.errstate(over="ignore"):
+    shared = mix(mix(mix(U([layout.columns]) + U(0x9E3779B9)) + key_of("", seed)))
+  return Place(int(shared[0]) % dim, int(first[0]) % layout.buckets, int(second[0]) % layout.columns)
+
+
+def bucket_sums(x, layout, place, dim):
+  """[k, dim]: each of k leaves [k, m, n], already signed, summed into buckets."""
+  rows, columns, lot, pairs, buckets = layout
+  lots = -(-rows // lot)
+  turns = (np.arange(lots) + place.turn) % buckets
+  padded = np.zeros((len(x), lots * lot, columns))
   padded[:, :rows] = x
-  sums = padded.reshape(len(x), laps, buckets, per_bucket, columns).sum((1, 3)).reshape(len(x), -1)
-  flat = np.zeros((len(x), -(-sums.shape[1] // dim) * dim))
-  flat[:, : sums.shape[1]] = sums
-  return flat.reshape(len(x), -1, dim).sum(1)
+  padded = np.roll(padded.reshape(len(x), lots, lot, columns), place.shift, 3)
+  numbers = np.arange(lots * lot).reshape(lots, lot)
+  odd = np.vectorize(lambda i: int(i).bit_count() % 2)(numbers % lot if lot > 1 else numbers // buckets)[..., None]
+  by_parity = [np.where(odd == parity, padded, 0).sum(2) for parity in (0, 1)]  # [k, lots, n] each
+  found = np.zeros((len(x), dim))
+
+  def add(sums, at):
+    np.add.at(found, (slice(None), (place.first + at + np.arange(columns)) % dim), sums)
+
+  for turn in range(buckets):
+    even_sum, odd_sum = [each[:, turns == turn].sum(1) for each in by_parity]
+    if turn < 2 * pairs:
+      at, second = turn % pairs * columns, turn // pairs
+      add(even_sum, at + second * (dim // 2))
+      add(odd_sum, at + (1 - second) * (dim // 2))
+    else:
+      gap = dim // 2 - pairs * columns
+      cut = np.arange(columns) < gap
+      add(np.where(cut, even_sum + odd_sum, 0), pairs * columns)
+      add(np.where(cut, 0, even_sum + odd_sum), pairs * columns + dim // 2 - gap)
+  return found
 
 
-def place_of(key, dim):
-  return int(mix(key)) % dim
-
-
-def numpy_sketch(key, x, layout, dim):
+def numpy_sketch(key, x, layout, place, dim):
   """float64[k, dim]: the sketches of k leaves float32[k, m, n]."""
   row_keys = index_hash(-(-layout.rows // 32), ~key)
   bits = mix(row_keys[:, None] ^ index_hash(layout.columns, key))[:, None]
   signs = bits << np.arange(31, -1, -1, dtype=U)[:, None] & U(2**31)
   signed = (x.view(U) ^ signs.reshape(-1, layout.columns)[: layout.rows]).view(np.float32)
-  return np.roll(bucket_sums(signed, layout, dim), place_of(key, dim), 1)
+  return bucket_sums(signed, layout, place, dim)
 
 
 # ---- the updates ----
@@ -121,11 +161,27 @@ def only_ten_columns(rng, m, n):
   return np.where(np.isin(np.arange(n), rng.choice(n, 10, False)), normal(rng, m, n), 0)
 
 
+def some_rows(rng, m, n):
+  """Most of the energy in one row of thirty."""
+  return np.where(rng.random(m)[:, None] < 1 / 30, math.sqrt(60), 1) * normal(rng, m, n)
+
+
+def every_32nd_row(rng, m, n):
+  """Likewise, as in one head of attention."""
+  return np.where(np.arange(m)[:, None] % 32 == 5, math.sqrt(60), 1) * normal(rng, m, n)
+
+
+def first_rows(rng, m, n):
+  """The less energy in a row the later it comes, as in embeddings of frequent and of rare words."""
+  return normal(rng, m, n) / np.sqrt(1 + np.arange(m)[:, None])
+
+
 ENERGIES = (spread, rank_one, only_a_row, heavy_row, only_a_column, hot_column, only_ten_columns)
 SHAPES = [(97, 101), (127, 509), (1009, 61), (64, 1021), (768, 768)]
 # name: (energy, shapes of the leaves); all but the first leaf of "one of several leaves" are zero.
 CASES = {f"{energy.__name__} {m}x{n}": (energy, [(m, n)]) for energy in ENERGIES for m, n in SHAPES}
 CASES |= {f"spread {m}x{n}": (spread, [(m, n)]) for m, n in ((291, 54), (400, 64), (512, 64))}
+CASES |= {f"{energy.__name__} 1009x61": (energy, [(1009, 61)]) for energy in (some_rows, every_32nd_row, first_rows)}
 # Widths of 0.55 d, 0.7 d, 1.5 d and d/3 + 1 at d = 1024.
 CASES |= {f"spread {m}x{n}": (spread, [(m, n)]) for m in (40, 96) for n in (563, 716, 1536, 342)}
 CASES |= dict.fromkeys(
@@ -144,11 +200,11 @@ class Draws(NamedTuple):
 
 @jax.jit
 def library_dims(rows):
-  """float32[n]: the effective dimensions that the library gives to n rows of single leaves."""
+  """float32[n, 2]: the effective dimensions that the library gives to n rows of single leaves, and those of noise."""
 
   def one(row):
     ring, scales = jnp.zeros((1, 1, row.size), jnp.float32), jnp.zeros((1, 1), jnp.float32)
-    return sketch_column(ring, row[None], jnp.int32(0), scales)[2][0]
+    return sketch_column(ring, row[None], jnp.int32(0), scales)[2]
 
   return jax.vmap(one)(rows)
 
@@ -168,9 +224,8 @@ def draw(name, dim, draws):
       pairs.append(np.stack([x, x / 2 + y]).astype(np.float32))
     exact = np.sum([np.einsum("imn,jmn->ij", pair, pair, dtype=np.float64) for pair in pairs], 0)
     squares = [pair[:1].astype(np.float64) ** 2 for pair in pairs]
-    energies = [bucket_sums(square, layout, dim)[0] for square, layout in zip(squares, layouts, strict=True)]
     alone = sum((square**2).sum() for square in squares)
-    return pairs, exact, energies, alone
+    return pairs, exact, squares, alone
 
   pairs, exact, energies, alone = fresh()
   squares, products, expected = np.zeros((3, draws))
@@ -179,13 +234,15 @@ def draw(name, dim, draws):
     if energy is rank_one and seed % 4 == 3:  # two vectors alone decide much, so there are many
       pairs, exact, energies, alone = fresh()
     keys = [key_of(f"leaf{i}", seed) for i in range(len(shapes))]
-    s = np.sum([numpy_sketch(k, x, layout, dim) for k, x, layout in zip(keys, pairs, layouts, strict=True)], 0)
-    e = np.sum([np.roll(e, place_of(key, dim)) for e, key in zip(energies, keys, strict=True)], 0)
+    places = [place_of(key, layout, seed, dim) for key, layout in zip(keys, layouts, strict=True)]
+    leaves = list(zip(keys, pairs, layouts, places, strict=True))
+    s = np.sum([numpy_sketch(key, x, layout, place, dim) for key, x, layout, place in leaves], 0)
+    e = np.sum([bucket_sums(e, *where, dim)[0] for e, *where in zip(energies, layouts, places, strict=True)], 0)
     squares[seed] = (s[0] ** 2).sum() / exact[0, 0]
     products[seed] = ((s[0] * s[1]).sum() - exact[0, 1]) / math.sqrt(exact[0, 0] * exact[1, 1])
     expected[seed] = 2 * max(0, (e**2).sum() - alone) / exact[0, 0] ** 2
     rows[seed] = s[0] / math.sqrt(exact[0, 0])
-  return Draws(squares, products, expected, np.asarray(library_dims(rows)))
+  return Draws(squares, products, expected, np.asarray(library_dims(rows))[:, 0, 0])
 
 
 def variance_and_error(values):
@@ -197,18 +254,19 @@ def variance_and_error(values):
 # ---- the tests ----
 
 LARGE = [f"{energy.__name__} {m}x{n}" for energy in ENERGIES for m, n in ((1009, 61), (768, 768))]
-QUICK = [(name, 1024, 1000) for name in CASES if "768x768" not in name]
+# Those of few hot buckets have a skewed distribution, of which a thousand draws tell the standard error badly.
+QUICK = [(name, 1024, 4000 if "only_ten_columns 127" in name else 1000) for name in CASES if "768x768" not in name]
 QUICK += [("spread 1009x61", 16384, 1000), ("only_ten_columns 1009x61", 16384, 1000)]
 SLOW = [(name, 1024, 8000) for name in CASES if "768x768" not in name] + [(name, 16384, 2000) for name in LARGE]
 
 
-def cases(of=lambda _: True, known=lambda *_: None):
-  """Parameters of a test: the cases that `of` accepts; `known(name, dim)` says why one fails today."""
+def cases(of=lambda _: True, known=lambda _: None):
+  """Parameters of a test: the cases that `of` accepts; `known(name)` says why one fails today."""
   params = []
   for name, dim, draws in filter(lambda case: of(case[0]), [*QUICK, *SLOW]):
     marks = [pytest.mark.slow] if (name, dim, draws) in SLOW else []
-    if known(name, dim):
-      marks.append(pytest.mark.xfail(strict=True, raises=AssertionError, reason=known(name, dim)))
+    if known(name):
+      marks.append(pytest.mark.xfail(strict=True, raises=AssertionError, reason=known(name)))
     params.append(pytest.param(name, dim, draws, marks=marks, id=f"{name}, d={dim}, {draws} draws"))
   return pytest.mark.parametrize(("name", "dim", "draws"), params)
 
@@ -221,7 +279,8 @@ def test_the_map_in_numpy_is_the_librarys(shape, dim):
   x = (np.arange(count) * 7919 % 13 - 6).reshape(1, *shape).astype(np.float32)  # whole numbers, summed exactly
   for seed in range(2):
     expected = sedjax.sketch.count(dim, seed=seed).apply("leaf0", jnp.asarray(x[0]))
-    np.testing.assert_array_equal(numpy_sketch(key_of("leaf0", seed), x, layout_of(shape, dim), dim)[0], expected)
+    layout, key = layout_of(shape, dim), key_of("leaf0", seed)
+    np.testing.assert_array_equal(numpy_sketch(key, x, layout, place_of(key, layout, seed, dim), dim)[0], expected)
 
 
 @cases()
@@ -252,9 +311,11 @@ def test_variance_is_near_that_of_a_dense_map(name, dim, draws):
   assert got.products.var() <= bound
 
 
-def misjudged(name, dim):
-  if CASES[name][0] in (only_a_row, heavy_row) and (dim > 1024 or name != "heavy_row 64x1021"):
-    return "sums do not tell a bucket of one large number, which has no error, from one of many; the guess is too small"
+def misjudged(name):
+  if name == "only_a_row 64x1021":
+    return (
+      "numbers of one row that lie half a sketch apart seem to be those that share a bucket; the guess is too small"
+    )
   return None
 
 
@@ -263,25 +324,34 @@ def test_effective_dimension_predicts_the_variance(name, dim, draws):
   """The relative variance of |Sx|² is 2/d_eff, within half as much again."""
   got = draw(name, dim, draws)
   predicted = (2 / got.dims).mean()
-  assert predicted / 1.5 <= got.squares.var() <= 1.5 * predicted
+  assert predicted / 1.5 <= got.squares.var() + 1e-12
+  assert got.squares.var() <= 1.5 * predicted + 1e-12
 
 
-@pytest.mark.parametrize("hot", [1, 2, 3, 5, 10, 30])
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.65, 0.8, 0.9, 0.97, 1])
-def test_effective_dimension_of_few_hot_buckets(hot, share):
-  """One over it has the right mean over draws, whatever share of the energy some buckets have, the others the rest."""
+FEW = pytest.mark.parametrize("hot", [1, 2, 3, 5, 10, 30])
+SHARES = pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.65, 0.8, 0.9, 0.97, 1])
+
+
+@FEW
+@SHARES
+def test_effective_dimension_of_few_hot_pairs_of_buckets(hot, share):
+  """One over it has the right mean over draws, whatever share of the energy some pairs have, the others the rest."""
+  energies = np.tile(np.concatenate([np.full(hot, share / hot), np.full(250, (1 - share) / 250)]) / 2, 2)
+  sums = np.random.default_rng(hot).normal(size=(4000, energies.size)) * np.sqrt(energies)
+  inverse = np.mean(1 / library_dims(sums.astype(np.float32))[:, 0, 0])
+  truth = (energies**2).sum()
+  assert 0.85 * truth <= inverse <= 1.18 * truth
+
+
+@FEW
+@SHARES
+def test_dimension_of_noise_in_few_hot_buckets(hot, share):
+  """Likewise the one of noise, of buckets."""
   energies = np.concatenate([np.full(hot, share / hot), np.full(500, (1 - share) / 500)])
   sums = np.random.default_rng(hot).normal(size=(4000, energies.size)) * np.sqrt(energies)
-  inverse = np.mean(1 / library_dims(sums.astype(np.float32)))
+  inverse = np.mean(1 / library_dims(sums.astype(np.float32))[:, 1, 0])
   truth = (energies**2).sum()
   assert 0.72 * truth <= inverse <= 1.4 * truth
-
-
-@cases(lambda name: CASES[name][0] in (only_a_row, heavy_row))
-def test_effective_dimension_promises_no_more_than_there_is(name, dim, draws):
-  """Also where one number outweighs its bucket."""
-  got = draw(name, dim, draws)
-  assert got.squares.var() <= 1.5 * (2 / got.dims).mean()
 
 
 @pytest.mark.parametrize(("shape", "draws"), [((97, 101), 4000), ((512, 64), 4000), slow((97, 101), 40000)])
@@ -291,7 +361,10 @@ def test_equal_leaves_are_sketched_independently(shape, draws):
   layout = layout_of(shape, dim)
   x = normal(np.random.default_rng(0), 1, *shape).astype(np.float32)
   x /= np.linalg.norm(x)
-  pairs = [[numpy_sketch(key_of(path, seed), x, layout, dim)[0] for path in ("a", "b")] for seed in range(draws)]
+  pairs = []
+  for seed in range(draws):
+    keys = [key_of(path, seed) for path in ("a", "b")]
+    pairs.append([numpy_sketch(key, x, layout, place_of(key, layout, seed, dim), dim)[0] for key in keys])
   a, b = np.moveaxis(np.asarray(pairs), 1, 0)
   products = (a * b).sum(1)
   assert abs(products.mean()) <= 4 * products.std() / math.sqrt(draws)
