@@ -277,8 +277,10 @@ def _folding_rule(piece: Piece, plan: Plan, dim: int, sums_of: Callable[..., jax
   return by_hand
 
 
-def indexed_terms(piece: Piece, dim: int, seed: int, part: Any, grid: Any, alone: bool, wait: Any = 0) -> list[Term]:
-  """What a leaf or block adds.
+def indexed_terms(
+  piece: Piece, dim: int, seed: int, part: Any, grid: Any, alone: bool, wait: Any = 0
+) -> tuple[list[Term], jax.Array]:
+  """What a leaf or block adds, and what that is made of.
 
   Args:
     piece, dim, seed, part, grid: see `sedjax.sketch`.
@@ -303,7 +305,7 @@ def indexed_terms(piece: Piece, dim: int, seed: int, part: Any, grid: Any, alone
       on_gpu = _folding_rule(piece, plan, dim, lambda block, grid: _bucket_sums(block, plan, plan.buckets, part, grid))
       array = lax.stop_gradient(piece.array)
       row = lax.platform_dependent(array, jnp.asarray(grid), cpu=on_cpu, cuda=on_gpu, default=plain)
-      return [Term(0, row)]
+      return [Term(0, row)], row
     if plan.rows == 1:
       piece = piece._replace(array=gathered(piece.array))
 
@@ -331,7 +333,7 @@ def indexed_terms(piece: Piece, dim: int, seed: int, part: Any, grid: Any, alone
 
     on_gpu = strided if jax.default_backend() == "gpu" and plan.lot > 1 and aligned(piece) else chunked
     sums = lax.platform_dependent(piece.array, piece.start, grid, wait, cpu=chunked, cuda=on_gpu, default=direct)
-  return _placed_sums(piece, plan, sums, dim, _MOST_LAPS)
+  return _placed_sums(piece, plan, sums, dim, _MOST_LAPS), sums
 
 
 def sum_terms(terms: list[Term], dim: int) -> jax.Array:

@@ -382,6 +382,7 @@ def _strided_terms(piece: Piece, plan: Plan, group: int, dim: int, part: Any, gr
     )
     return sums(half=None) if as_one else [sums(half=0), sums(half=1)]
 
+  most = whole if plan.lot == 1 else most  # whose turns have parities of their own, and are few
   for done in range(0, whole, most):
     count = places.parts * min(most, whole - done)
     sums = functools.partial(strided_sums, row=done * plan.lot, count=count)

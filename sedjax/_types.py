@@ -101,7 +101,8 @@ class Report(NamedTuple):
     alignment: float32 in [0, 1], |cos| of the newest row and the leading direction.
     turning: float32 in [0, 1], 1 - |cos| between the leading directions of this window and of the one a row before.
     last_update_norm: float32, norm of the newest row.
-    effective_dim: float32, what takes the sketch dimension's place in error estimates; 0 where there is no row.
+    effective_dim: float32, what takes the sketch dimension's place in error estimates, at most about the number of
+      parameters; 0 where there is no row.
     phase: int32, a `Phase`.
     count: int32, rows pushed since the tracker began.
     row_steps: int32, optimizer steps in the newest row.

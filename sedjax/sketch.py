@@ -120,9 +120,11 @@ def _count_rows(
     waits: dict[Any, Any] = {}  # only what varies along the same axes can wait without a change of types
     for piece, group, array in zip(bare, groups, arrays, strict=True):
       varying = varying_axes(array, *(piece.start or ()))
-      terms[group] += indexed_terms(piece._replace(array=array), dim, seed, part, grid, alone, waits.get(varying, 0))
+      wait = waits.get(varying, 0)
+      added, sums = indexed_terms(piece._replace(array=array), dim, seed, part, grid, alone, wait)
+      terms[group] += added
       if piece.start is not None:
-        waits[varying] = shared_zero_of(terms[group][-1].sums.astype(jnp.float32))
+        waits[varying] = shared_zero_of(sums.astype(jnp.float32))
         if sum(term.sums.size for term in terms[group]) > _ALIVE:
           terms[group] = [Term(0, sum_terms(terms[group], dim))]
     rows = [sum_terms(some, dim) if some else jnp.zeros((dim,), sum_dtype(part)) for some in terms]
@@ -229,7 +231,7 @@ def count(dim: int = 16384, *, seed: int = 0) -> Count:
 
   Cost: one read of the updates and `dim` float32 numbers of output.
   Source: Charikar, Chen and Farach-Colton (2002). Departure: 32 rows of a leaf share a hash, and buckets follow the
-    leaf's layout.
+    leaf's layout, in pairs that tell how much collides. An odd `dim` has one number that is always 0.
 
   Example:
     >>> import sedjax

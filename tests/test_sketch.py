@@ -172,7 +172,7 @@ def strided(path, x, dim, gpu=False):
 
 def indexed(pieces, dim, alone=False):
   """The form of TPUs and of shards."""
-  terms = [indexed_terms(piece, dim, 0, None, jnp.float32(1), alone) for piece in pieces]
+  terms = [indexed_terms(piece, dim, 0, None, jnp.float32(1), alone)[0] for piece in pieces]
   return sum_terms(list(itertools.chain.from_iterable(terms)), dim)
 
 
