@@ -14,7 +14,8 @@ sums be added up before they are laid out; each begins with a hashed row of buck
 number. All others begin in a hashed place of their own.
 
 *Strided* (in `_strided`), for whole leaves on one CPU or GPU: up to p rows are summed in one elementwise kernel, that
-reads them as strided slices and makes one hash for them; what remains to be added up is a small fraction of the leaf.
+reads them as strided slices and makes one hash for them; what remains to be added up (in `_places`) is a small fraction
+of the leaf.
 Small leaves are signed and placed as one there (`_small`), and those of a few long rows on CPU by parts (`_long`).
 *Indexed* (in `_indexed`), for TPU and for leaves or blocks of leaves that are sharded: signs are made from the indices
 of each number, and a contraction with a one-hot matrix adds the rows of a bucket. It never reshapes or slices the leaf,
@@ -115,8 +116,8 @@ class Plan(NamedTuple):
 
   @property
   def shared(self) -> bool:
-    """Whether leaves of as many columns begin in one place: those of which sums of many rows are stored."""
-    return self.buckets > self.pairs > 1 and self.lot >= HASH_ROWS // 2
+    """Whether leaves of as many columns begin in one place: those whose lots are summed first."""
+    return self.buckets > self.pairs > 1 and self.lot > 1
 
   def bucket(self, row: Any) -> Any:
     """In which row of buckets a row falls, for jax and NumPy arrays of uint32: first the first ones of all pairs."""
@@ -178,6 +179,11 @@ def place_hashes(key: np.uint32) -> np.ndarray:
   return np.concatenate([first, mix(first + _GOLDEN)])
 
 
+def is_odd(number: int) -> int:
+  """1 where the number of bits is odd, by which the rows of a lot are told apart; else 0."""
+  return number.bit_count() % 2
+
+
 def ring_of(dim: int) -> int:
   """How many numbers of a sketch are buckets: an even number, since these come in pairs."""
   return dim - dim % 2 if dim > 1 else 1
@@ -233,10 +239,10 @@ def plan_of(path: str, hashes: Hashes | None, shape: tuple[int, ...], dim: int, 
   elif buckets not in (5, 7) or 9 * buckets * columns < 8 * dim:
     buckets = 2 * (dim // 2 // columns + 1)
   pairs = buckets // 2
-  # As many rows in a lot as leave two or more lots for each row of pairs, so that all buckets are filled alike. Small
-  # leaves are not summed before they are added to the sketch.
+  # As many rows in a lot as leave one lot for each row of pairs, or two or more, so that all buckets are filled alike.
+  # Small leaves are not summed before they are added to the sketch.
   lot = HASH_ROWS if rows * columns > _SMALL else 1
-  while lot > 1 and -(-rows // lot) < 2 * pairs:
+  while lot > 1 and (lots := -(-rows // lot)) < buckets and 2 * lots != buckets:
     lot //= 2
   if rows <= pairs:  # the first buckets of pairs are enough
     pairs = buckets = rows

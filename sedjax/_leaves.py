@@ -16,8 +16,9 @@ import numpy as np
 
 from sedjax._compile import ROW_OPTIONS, compiling, known
 from sedjax._count import HASH_ROWS, WIDE, Hashes, Piece, Plan, halves_of, ring_of, row_signs
+from sedjax._places import lot_sums
 from sedjax._selection import Leaf, Selection, aligned
-from sedjax._strided import chunk_sums, lot_sums, stride_of
+from sedjax._strided import chunk_sums, stride_of
 from sedjax.sketch import Count, as_real
 
 _PLAIN = 2**18  # numbers of tensors that NumPy sketches, in less time than it takes to compile for them
@@ -141,7 +142,8 @@ class Sketcher:
       keys = hashes.rows[part.start // HASH_ROWS : (part.start + part.rows) // HASH_ROWS]
       with jax.enable_x64(True):
         sums = np.asarray(call(x, keys, hashes.columns))
-      sums = lot_sums(sums, plan.lot // way.stride)
+      if (parts := plan.lot // way.stride) > 1:
+        sums = np.stack([lot_sums(sums, parity, parts, 0, len(sums) // parts) for parity in (0, 1)], 1)
     else:
       signs = (_signs if x.size <= _KEPT else _signs.__wrapped__)(self._sketch, way.path, way.shape, part.start)
       signed = np.multiply(signs, x if x.dtype.kind == "f" else x.astype(np.float64), dtype=np.float64)

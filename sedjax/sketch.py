@@ -39,7 +39,7 @@ from sedjax._strided import strided_rows
 
 __all__ = ["Count", "Exact", "Gaussian", "count", "exact", "gaussian"]
 
-_VERSION = 3
+_VERSION = 4
 
 
 def as_real(leaf: Any) -> jax.Array:

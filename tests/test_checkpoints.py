@@ -1371,7 +1371,7 @@ def test_sketches_of_parts_are_those_of_the_whole(shape, dtype, plain, monkeypat
   dim, path = 64, "layer/w"
   sketch = sedjax.sketch.count(dim, seed=2)
   x = np.asarray(np.random.default_rng(0).normal(size=shape), dtype)
-  other = _selection.Leaf("other", _reader.TensorInfo((64, *shape[-1:]), x.dtype), None, 0)
+  other = _selection.Leaf("other", _reader.TensorInfo((96, *shape[-1:]), x.dtype), None, 0)
   leaf = _selection.Leaf(path, _reader.TensorInfo(shape, x.dtype), None, 0)
   selection = types.SimpleNamespace(config=types.SimpleNamespace(sketch=sketch), leaves=(leaf, other))
   sketcher = _leaves.Sketcher(selection)

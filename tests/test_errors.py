@@ -171,7 +171,7 @@ def test_a_state_of_another_sketch_or_tree():
   old = track(3, sketch=sedjax.sketch.count(64)).init(PARAMS)
   reseeded = track(3, sketch=sedjax.sketch.count(64, seed=1))
   with pytest.raises(
-    ValueError, match=r"made with sketch .* = \(0, 3, 0, 64\), this tracker's sketch is \(0, 3, 1, 64\)"
+    ValueError, match=r"made with sketch .* = \(0, 4, 0, 64\), this tracker's sketch is \(0, 4, 1, 64\)"
   ):
     reseeded.update(PARAMS, old)
   _, state = jax.jit(reseeded.update)(PARAMS, old)

@@ -989,7 +989,7 @@ def test_a_sketch_that_is_not_the_states_is_refused(tmp_path):
   tx = sedjax.track_spectral_edge(3)
   recorder = Recorder(tmp_path / "run.nc", tracker={"window": 3, "sketch": sedjax.sketch.exact()})
   recorder.append(0, tx.init({"w": jnp.ones(3)}))
-  with pytest.raises(RuntimeError, match=r"the state's sketch .* is \[0, 3, 0, 16384\], tracker= says"):
+  with pytest.raises(RuntimeError, match=r"the state's sketch .* is \[0, 4, 0, 16384\], tracker= says"):
     recorder.close()
 
 

@@ -47,14 +47,15 @@ def scalar_definition(path, x, dim, seed, start=None, shape=None):
   else:
     buckets = 2 * (half // columns) + 2
   pairs = buckets // 2
-  lot = next((p for p in (32, 16, 8, 4, 2) if -(-rows // p) >= 2 * pairs and rows * columns > 2**17), 1)
+  lots = {p: -(-rows // p) for p in (32, 16, 8, 4, 2) if rows * columns > 2**17}
+  lot = next((p for p, count in lots.items() if count >= buckets or 2 * count == buckets), 1)
   if rows <= pairs:
     pairs = buckets = rows
   key = int.from_bytes(hashlib.blake2b(f"{seed}/{path}".encode(), digest_size=4).digest(), "little")
   first = mix(key)
   second = mix((first + 0x9E3779B9) % 2**32)
   begin, turned, shift = first % ring, 0, 0
-  if buckets > pairs > 1 and lot >= 16:  # such leaves of as many columns begin in one place
+  if buckets > pairs > 1 and lot > 1:  # such leaves of as many columns begin in one place
     none = int.from_bytes(hashlib.blake2b(f"{seed}/".encode(), digest_size=4).digest(), "little")
     begin, turned, shift = mix(index_hash(columns, none)) % ring, first % buckets, second % columns
   sketch = [0.0] * dim

@@ -54,7 +54,7 @@ class Layout(NamedTuple):
 
   @property
   def shared(self):
-    return self.buckets > self.pairs > 1 and self.lot >= 16
+    return self.buckets > self.pairs > 1 and self.lot > 1
 
 
 def layout_of(shape, dim):
@@ -63,7 +63,8 @@ def layout_of(shape, dim):
   full = [g for g in (most // 2 * 2, *({5, 7} & {most})) if 9 * g * columns >= 8 * dim]
   buckets = full[0] if full else 2 * (dim // 2 // columns + 1)
   pairs = buckets // 2
-  lot = next((p for p in (32, 16, 8, 4, 2) if -(-rows // p) >= 2 * pairs and rows * columns > 2**17), 1)
+  lots = {p: -(-rows // p) for p in (32, 16, 8, 4, 2) if rows * columns > 2**17}
+  lot = next((p for p, count in lots.items() if count >= buckets or 2 * count == buckets), 1)
   return Layout(rows, columns, lot, *((pairs, buckets) if rows > pairs else (rows, rows)))
 
 
