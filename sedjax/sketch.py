@@ -84,7 +84,7 @@ class _Sketch:
     return self.rows(pieces, [0] * len(pieces), 1)[0]
 
 
-# Numbers of a row's terms that are alive at a time where leaves come in blocks: 2 MiB, and as much to place them.
+# Numbers of a row's bucket sums that are alive at a time where leaves come in blocks: 2 MiB, and as much to place them.
 _ALIVE = 2**19
 
 
@@ -117,6 +117,7 @@ def _count_rows(
 
   def indexed(arrays: list[jax.Array], grid: Any, alone: bool = False) -> list[jax.Array]:
     terms: list[list[Term]] = [[] for _ in range(labels)]
+    alive = [0] * labels
     waits: dict[Any, Any] = {}  # only what varies along the same axes can wait without a change of types
     for piece, group, array in zip(bare, groups, arrays, strict=True):
       varying = varying_axes(array, *(piece.start or ()))
@@ -125,8 +126,9 @@ def _count_rows(
       terms[group] += added
       if piece.start is not None:
         waits[varying] = shared_zero_of(sums.astype(jnp.float32))
-        if sum(term.sums.size for term in terms[group]) > _ALIVE:
-          terms[group] = [Term(0, sum_terms(terms[group], dim))]
+        alive[group] += sums.size
+        if alive[group] > _ALIVE:
+          terms[group], alive[group] = [Term(0, sum_terms(terms[group], dim))], 0
     rows = [sum_terms(some, dim) if some else jnp.zeros((dim,), sum_dtype(part)) for some in terms]
     return lax.optimization_barrier([gathered(row) for row in rows])
 
