@@ -65,6 +65,7 @@ class Piece(NamedTuple):
   array: jax.Array  # any shape and float dtype
   start: tuple[Any, ...] | None = None  # of the block, by axis; None for a whole leaf
   shape: tuple[int, ...] = ()  # of the whole leaf, where `start` is given
+  speaks: Any = True  # whether this device adds it, where several hold the same block
   hashes: Hashes | None = None  # instead of the path
   rank: int = 0  # the program that sums them makes pieces of lower rank first
 

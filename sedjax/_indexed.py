@@ -169,6 +169,10 @@ class Term(NamedTuple):
   pairs: int = 0  # rows of pairs of buckets, of bucket sums
   start: Any = 0  # by how many columns bucket sums are to be turned
 
+  def where(self, condition: jax.Array) -> Term:
+    """The same, or zeros."""
+    return self._replace(sums=jnp.where(condition, self.sums, 0))
+
 
 def _turned(sums: jax.Array, shift: Any, columns: int) -> jax.Array:
   """[g, columns]: bucket sums [g, at most columns], which begin in the column `shift` and go around."""

@@ -65,23 +65,20 @@ def _sketch_row(config: Config, layout: Layout, part: int | None = None, grid: A
   tracked = _tracked(layout)
   if not tracked:
     return jnp.zeros((_height(layout), config.sketch.dim), jnp.float32)
-  labels = len(layout.labels)
-  silent = list(dict.fromkeys(_speaks(layout, i) for i in tracked))
+  groups = [int(layout.group[i] or 0) for i in tracked]
 
   def local(blocks: list[jax.Array], grid: Any) -> jax.Array:
-    pieces, groups = [], []
+    pieces = []
+    speaks = {axes: _placement.is_first(axes) for axes in {_speaks(layout, i): None for i in tracked}}
     starts = _placement.block_starts([block.shape for block in blocks], [layout.specs[i] for i in tracked])
     for i, block, start in zip(tracked, blocks, starts, strict=True):
       piece = Piece(layout.paths[i], sketch.as_real(block), rank=layout.ranks[i] if layout.ranks else 0)
       if layout.axes:
         extra = piece.array.ndim - block.ndim  # complex leaves have one more axis
-        piece = piece._replace(start=(0,) * extra + start, shape=(2,) * extra + layout.shapes[i])
+        speaking = speaks[_speaks(layout, i)]
+        piece = piece._replace(start=(0,) * extra + start, shape=(2,) * extra + layout.shapes[i], speaks=speaking)
       pieces.append(piece)
-      groups.append(int(layout.group[i] or 0) + labels * silent.index(_speaks(layout, i)))
-    rows = config.sketch.rows(pieces, groups, labels * len(silent), part, grid)
-    speaks = [_placement.is_first(axes) for axes in silent for _ in range(labels)]
-    rows = [jnp.where(speaking, row, 0) for speaking, row in zip(speaks, rows, strict=True)]
-    rows = [functools.reduce(jnp.add, rows[label::labels]) for label in range(labels)]
+    rows = config.sketch.rows(pieces, groups, len(layout.labels), part, grid)
     return jnp.stack(_placement.psum(rows, layout.axes))
 
   grid = jnp.float32(1) if grid is None else grid

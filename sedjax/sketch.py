@@ -123,7 +123,7 @@ def _count_rows(
       varying = varying_axes(array, *(piece.start or ()))
       wait = waits.get(varying, 0)
       added, sums = indexed_terms(piece._replace(array=array), dim, seed, part, grid, alone, wait)
-      terms[group] += added
+      terms[group] += [term if piece.speaks is True else term.where(piece.speaks) for term in added]
       if piece.start is not None:
         waits[varying] = shared_zero_of(sums.astype(jnp.float32))
         alive[group] += sums.size
@@ -177,7 +177,8 @@ class Gaussian(_Sketch):
   ) -> list[jax.Array]:
     rows = [jnp.zeros((self.dim,), jnp.float64 if part == WIDE else jnp.float32) for _ in range(labels)]
     for piece, group in zip(pieces, groups, strict=True):
-      rows[group] = rows[group] + self._row(piece, part, grid)
+      row = self._row(piece, part, grid)
+      rows[group] = rows[group] + (row if piece.speaks is True else jnp.where(piece.speaks, row, 0))
     return rows
 
   def _row(self, piece: Piece, part: int | None, grid: Any) -> jax.Array:
