@@ -79,7 +79,8 @@ class Piece(NamedTuple):
   def row_index(self) -> Any:
     """uint32[leading axes]: the row, in the whole leaf, of each place of the leading axes."""
     shape = self.array.shape[:-1]
-    if self.start is None and math.prod(shape) <= TABLE:
+    whole = shape == self.shape[:-1] and all(isinstance(at, int) for at in self.start[:-1]) if self.start else True
+    if whole and math.prod(shape) <= TABLE:
       return np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
     index = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(self.shape[:-1]):

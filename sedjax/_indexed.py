@@ -248,7 +248,7 @@ def _folding_rule(piece: Piece, plan: Plan, dim: int, sums_of: Callable[..., jax
     return sum_terms(_placed_sums(block, plan, sums_of(block, grid), dim, laps=1), dim)
 
   def whole(x: jax.Array, grid: Any) -> jax.Array:
-    return folded(x, grid, (0,) * x.ndim)
+    return folded(x, grid, (np.uint32(0),) * x.ndim)  # known ones would make constants, which rules must not have
 
   def partition(mesh: Any, args: Any, result: Any) -> Any:
     del result
@@ -330,6 +330,8 @@ def indexed_terms(
       return folded(_sums_on_cpu(piece._replace(array=array, start=start), plan, dim, part, grid))
 
     def direct(array: jax.Array, start: Any, grid: Any, _: Any) -> jax.Array:
+      # What is made of known indices is a constant.
+      start = tuple(at if isinstance(at, int) else given for at, given in zip(piece.start or (), start, strict=True))
       return folded(_bucket_sums(piece._replace(array=array, start=start), plan, plan.buckets, part, grid))
 
     def strided(array: jax.Array, start: Any, grid: Any, _: Any) -> jax.Array:
