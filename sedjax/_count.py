@@ -207,6 +207,12 @@ def sign_bits(keys: Any, columns: Any, shift: Any) -> Any:
   return mix(keys[..., None] ^ columns) << shift[..., None]
 
 
+def vector_bits(columns: Any, key: Any) -> Any:
+  """uint32[n]: `sign_bits` of a leaf of one row, of the numbers in these columns (uint32[n])."""
+  row = np.uint32(0)
+  return sign_bits(index_hash(row, ~key), index_hash(columns, key), sign_shift(row))
+
+
 def sum_rows(rows: Sequence[jax.Array], index: Sequence[int], bits: Any, part: int | None, grid: Any) -> jax.Array:
   """float32[n]: the sum of signed rows [n] with these indices, which share hashes `bits` [n].
 

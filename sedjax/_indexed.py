@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +16,22 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from sedjax import _placement
 from sedjax._count import (
   HASH_ROWS,
+  TABLE,
   Piece,
   Plan,
   flip,
   folded_sum,
-  halves_of,
   index_hash,
   part_of,
   plan_of,
   sign_bits,
   sign_shift,
   slice_of,
+  vector_bits,
 )
 from sedjax._strided import aligned, block_sums
+from sedjax._terms import MOST_LAPS, Term, Vector, placed_at, sum_terms
 
-# Laps around the sketch of a term at most: those of all terms are added up in one kernel, and longer terms are folded.
-_MOST_LAPS = 4
 # On CPU: numbers of a block that are signed at a time, since CPU contractions store their operands.
 _CHUNK = 2**20
 # Columns that a contraction of narrow leaves has, and of how many leaves' columns these are at least.
@@ -61,9 +61,7 @@ def _few(plan: Plan) -> int:
 
 @functools.partial(jax.jit, static_argnames="part")  # vectors of one length are traced once
 def _signed_vector(x: jax.Array, key: Any, grid: Any, *, part: int | None) -> jax.Array:
-  columns = index_hash(lax.iota(jnp.uint32, x.shape[-1]), key)
-  row = jnp.zeros_like(key)
-  bits = sign_bits(index_hash(row, ~key), columns, sign_shift(row))
+  bits = vector_bits(lax.iota(jnp.uint32, x.shape[-1]), key)
   return flip(part_of(x, part, grid), bits).sum(tuple(range(x.ndim - 1)))[None]
 
 
@@ -117,7 +115,7 @@ def _chunked_bucket_sums(piece: Piece, plan: Plan, part: Any, grid: Any) -> jax.
   return _sum_of_parts(sums, x.shape[0], size)
 
 
-def _is_folded(plan: Plan, dim: int, laps: int = _MOST_LAPS) -> bool:
+def _is_folded(plan: Plan, dim: int, laps: int = MOST_LAPS) -> bool:
   """Whether the sums of a block are folded at once: else there would be the whole leaf's columns on each device."""
   return plan.pairs == 1 and plan.columns > laps * dim
 
@@ -161,19 +159,6 @@ def gathered(x: jax.Array) -> jax.Array:
   return lax.with_sharding_constraint(x, jax.NamedSharding(mesh, jax.P()))
 
 
-class Term(NamedTuple):
-  """What is to be added to a row."""
-
-  at: int  # place in the sketch of the first number
-  sums: jax.Array  # [k]; or [g, n], bucket sums of a leaf that shares its place
-  pairs: int = 0  # rows of pairs of buckets, of bucket sums
-  start: Any = 0  # by how many columns bucket sums are to be turned
-
-  def where(self, condition: jax.Array) -> Term:
-    """The same, or zeros."""
-    return self._replace(sums=jnp.where(condition, self.sums, 0))
-
-
 def _turned(sums: jax.Array, shift: Any, columns: int) -> jax.Array:
   """[g, columns]: bucket sums [g, at most columns], which begin in the column `shift` and go around."""
   mesh = _placement.mesh_of(sums)
@@ -185,54 +170,22 @@ def _turned(sums: jax.Array, shift: Any, columns: int) -> jax.Array:
   return around[:, :columns] + around[:, columns:]
 
 
-def _placed_sums(piece: Piece, plan: Plan, sums: jax.Array, dim: int, laps: int) -> list[Term]:
+def _placed_sums(piece: Piece, plan: Plan, sums: jax.Array, dim: int, laps: int = MOST_LAPS) -> Term:
   """What bucket sums [g, n] of a leaf or block add; what is more than so many laps is folded into one."""
   start = 0 if piece.start is None or sums.shape[1] == plan.columns else piece.start[-1]
   if plan.shared:
-    return [Term(plan.offset, _turned(sums, plan.shift, plan.columns), plan.pairs, start)]
+    return Term(plan.offset, _turned(sums, plan.shift, plan.columns), plan.pairs, start)
   if isinstance(start, int) and sums.shape[1] == plan.columns:
     placed = sums
   elif _is_folded(plan, dim, laps):
     first = jnp.asarray(start, jnp.uint32) % np.uint32(dim)
     placed = jnp.roll(_folded_rows(sums, dim), first.astype(jnp.int32), 1)
   else:
-    # A slice of what is padded, not an update of zeros, which TPUs would store before and after it.
-    padded = lax.pad(sums, sums.dtype.type(0), ((0, 0, 0), (plan.columns, plan.columns, 0)))
-    placed = lax.dynamic_slice_in_dim(padded, plan.columns - jnp.asarray(start, jnp.int32), plan.columns, 1)
-  halves = _halves(placed, plan.pairs, dim)
-  halves = [folded_sum(half, dim) if half.size > laps * dim else half for half in halves]
+    placed = placed_at(sums, start, plan.columns)
   if not isinstance(plan.offset, int):  # of hashes that are traced
-    row = sum_terms([Term(i * (dim // 2), half) for i, half in enumerate(halves)], dim)
-    return [Term(0, jnp.roll(row, plan.offset.astype(jnp.int32)))]
-  return [Term((plan.offset + i * (dim // 2)) % dim, half) for i, half in enumerate(halves)]
-
-
-def _halves(sums: jax.Array, pairs: int, dim: int) -> list[jax.Array]:
-  """`halves_of` bucket sums [g, n]; as one where the second half follows the first."""
-  flat, end = sums.reshape(-1), pairs * sums.shape[1]
-  if sums.shape[0] == pairs or (2 * end == flat.size == dim):
-    return [flat]
-  return halves_of([flat[:end], flat[end : 2 * end], flat[2 * end :]], dim)
-
-
-def _laid_out(terms: list[Term], dim: int) -> list[Term]:
-  """Terms without bucket sums."""
-  shared: dict[Any, list[Term]] = {}
-  for term in terms:
-    start = term.start if isinstance(term.start, int) else id(term.start)
-    shared.setdefault((term.at, term.sums.shape, start) if term.pairs else None, []).append(term)
-  found = shared.pop(None, [])
-  by_place: dict[Any, list[Term]] = {}
-  for alike in shared.values():
-    sums, start = functools.reduce(jnp.add, [term.sums for term in alike]), alike[0].start
-    if not (isinstance(start, int) and start == 0):
-      sums = jnp.roll(sums, jnp.asarray(start, jnp.int32), 1)
-    by_place.setdefault((alike[0].at, sums.shape), []).append(alike[0]._replace(sums=sums))
-  for alike in by_place.values():
-    sums = functools.reduce(jnp.add, [term.sums for term in alike])
-    halves = [folded_sum(half, dim) for half in _halves(sums, alike[0].pairs, dim)]
-    found += [Term((alike[0].at + i * (dim // 2)) % dim, half) for i, half in enumerate(halves)]
-  return found
+    row = sum_terms([Term(0, placed, plan.pairs)], dim, laps)
+    return Term(0, jnp.roll(row, plan.offset.astype(jnp.int32))[None])
+  return Term(plan.offset, placed, plan.pairs)
 
 
 def _folding_rule(piece: Piece, plan: Plan, dim: int, sums_of: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -245,7 +198,7 @@ def _folding_rule(piece: Piece, plan: Plan, dim: int, sums_of: Callable[..., jax
 
   def folded(x: jax.Array, grid: Any, start: tuple[Any, ...]) -> jax.Array:
     block = piece._replace(array=x, start=start)
-    return sum_terms(_placed_sums(block, plan, sums_of(block, grid), dim, laps=1), dim)
+    return sum_terms([_placed_sums(block, plan, sums_of(block, grid), dim, laps=1)], dim, laps=1)
 
   def whole(x: jax.Array, grid: Any) -> jax.Array:
     return folded(x, grid, (np.uint32(0),) * x.ndim)  # known ones would make constants, which rules must not have
@@ -283,8 +236,8 @@ def _folding_rule(piece: Piece, plan: Plan, dim: int, sums_of: Callable[..., jax
 
 def indexed_terms(
   piece: Piece, dim: int, seed: int, part: Any, grid: Any, alone: bool, wait: Any = 0
-) -> tuple[list[Term], jax.Array]:
-  """What a leaf or block adds, and what that is made of.
+) -> tuple[Term | Vector, jax.Array | None]:
+  """What a leaf or block adds, and what that is made of, if that is more than the leaf.
 
   Args:
     piece, dim, seed, part, grid: see `sedjax.sketch`.
@@ -293,6 +246,9 @@ def indexed_terms(
   """
   piece = piece.placed()
   plan = plan_of(piece.path, piece.hashes, piece.shape, dim, seed)
+  if (piece.start is not None or alone) and piece.hashes is None and plan.rows == 1 and plan.columns <= dim <= TABLE:
+    start = 0 if piece.start is None else piece.start[-1]
+    return Vector(plan.offset, piece.array.reshape(-1), plan.key, plan.columns, start), None
   if piece.start is None:
     # Partitioners sum what each contraction gives: no more than dim numbers, where a leaf is no wider. But each
     # contraction reads the leaf.
@@ -303,13 +259,13 @@ def indexed_terms(
 
       def plain(array: jax.Array, grid: Any) -> jax.Array:
         sums = _bucket_sums(piece._replace(array=array), plan, most, part, grid)
-        return sum_terms(_placed_sums(piece, plan, sums, dim, laps=1), dim)
+        return sum_terms([_placed_sums(piece, plan, sums, dim, laps=1)], dim, laps=1)
 
       on_cpu = _folding_rule(piece, plan, dim, lambda block, grid: _sums_on_cpu(block, plan, dim, part, grid))
       on_gpu = _folding_rule(piece, plan, dim, lambda block, grid: _bucket_sums(block, plan, plan.buckets, part, grid))
       array = lax.stop_gradient(piece.array)
       row = lax.platform_dependent(array, jnp.asarray(grid), cpu=on_cpu, cuda=on_gpu, default=plain)
-      return [Term(0, row)], row
+      return Term(0, row[None]), row
     if plan.rows == 1:
       piece = piece._replace(array=gathered(piece.array))
 
@@ -339,28 +295,4 @@ def indexed_terms(
 
     on_gpu = strided if jax.default_backend() == "gpu" and plan.lot > 1 and aligned(piece) else chunked
     sums = lax.platform_dependent(piece.array, piece.start, grid, wait, cpu=chunked, cuda=on_gpu, default=direct)
-  return _placed_sums(piece, plan, sums, dim, _MOST_LAPS), sums
-
-
-def sum_terms(terms: list[Term], dim: int) -> jax.Array:
-  """float32[dim]: the sum of terms that begin at given places and go around the end as often as need be."""
-  terms = _laid_out(terms, dim)
-  laps = max(-(-(at + term.size) // dim) for at, term, *_ in terms)
-  # Small terms that do not overlap share an array, so that each does not cost a whole one.
-  layers: list[list[tuple[int, jax.Array]]] = []
-  for at, term, *_ in sorted(terms, key=lambda term: term.at):
-    fits = (layer for layer in layers if layer[-1][0] + layer[-1][1].size <= at)
-    layer = next(fits, None) if 4 * term.size < dim else None
-    if layer is None:
-      layers.append([(at, term)])
-    else:
-      layer.append((at, term))
-  dtype = terms[0].sums.dtype
-  total = jnp.zeros((laps * dim,), dtype)
-  for layer in layers:
-    parts, first, end = [], layer[0][0], layer[0][0]
-    for at, term in layer:
-      parts += [jnp.zeros((at - end,), dtype), term] if at > end else [term]
-      end = at + term.size
-    total = total + lax.pad(jnp.concatenate(parts), dtype.type(0), ((first, laps * dim - end, 0),))
-  return functools.reduce(jnp.add, (lax.slice(total, (lap * dim,), ((lap + 1) * dim,)) for lap in range(laps)))
+  return _placed_sums(piece, plan, sums, dim), sums

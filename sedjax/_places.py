@@ -148,15 +148,15 @@ def added(sums: jax.Array, lots: Any, at: At, places: Places, parts: int = 1, nu
   number %= places.buckets
   at_once = parts == 1 and not isinstance(lots, list)
   if apart and at_once:
-    return _added_at(sums, sums_of_both(), at.first + number if number else at.first, 0, at.shift)
+    return added_at(sums, sums_of_both(), at.first + number if number else at.first, 0, at.shift)
   if places.shared:
     for half, row in enumerate((at.first, at.second)):
       block = sums_of(half)[:, None]
-      sums = _added_at(sums, block, row + number if number else row, half if apart else 0, at.shift)
+      sums = added_at(sums, block, row + number if number else row, half if apart else 0, at.shift)
     return sums
   # Pairs are one row.
   halves = sums_of_both()[0] if at_once else jnp.concatenate([sums_of(half ^ number) for half in (0, 1)])
-  return _added_at(sums, jnp.stack([folded_sum(half, places.dim) for half in halves]), 0, at.first)
+  return added_at(sums, jnp.stack([folded_sum(half, places.dim) for half in halves]), 0, at.first)
 
 
 @functools.partial(jax.jit, static_argnames="places")
@@ -187,11 +187,11 @@ def _added_halves(sums: jax.Array, halves: list[jax.Array], at: At, places: Plac
   """The same of what falls into pairs' first and second buckets [at most pairs, n], and into the row that is left."""
   for i, half in enumerate(halves[:2]):
     if half.size:
-      sums = _added_at(sums, folded_sum(half.reshape(-1), places.dim)[None], i, at.first)
+      sums = added_at(sums, folded_sum(half.reshape(-1), places.dim)[None], i, at.first)
   if halves[2].size:  # in the gaps that pairs leave in both halves
     begin = places.pairs * places.columns
     gap = places.dim // 2 - begin
-    sums = _added_at(sums, _padded(halves[2][0], 2 * gap).reshape(2, gap), 0, at.first + begin)
+    sums = added_at(sums, _padded(halves[2][0], 2 * gap).reshape(2, gap), 0, at.first + begin)
   return sums
 
 
@@ -226,7 +226,7 @@ def _(axis_size: int, in_batched: Any, rows: jax.Array, numbers: jax.Array, star
   return _sliced(rows, numbers, [jnp.zeros_like(start[0]), *start]), True
 
 
-def _added_at(rows: jax.Array, numbers: jax.Array, *start: Any) -> jax.Array:
+def added_at(rows: jax.Array, numbers: jax.Array, *start: Any) -> jax.Array:
   """`_sliced_and_added`; where the indices are known, without a kernel of its own."""
   if all(isinstance(at, int) for at in start):
     ends = zip(start, rows.shape, numbers.shape, strict=True)

@@ -15,8 +15,9 @@ from conftest import slow
 import sedjax
 from sedjax import _count, _indexed, _long, _small, _strided
 from sedjax._count import Piece
-from sedjax._indexed import indexed_terms, sum_terms
+from sedjax._indexed import indexed_terms
 from sedjax._strided import strided_rows
+from sedjax._terms import as_terms, sum_terms, sum_terms_on_tpu
 
 
 def scalar_definition(path, x, dim, seed, start=None, shape=None):
@@ -171,10 +172,11 @@ def strided(path, x, dim, gpu=False):
   return strided_rows([Piece(path, x)], [0], 1, dim, 0, None, jnp.float32(1), gpu)[0]
 
 
-def indexed(pieces, dim, alone=False):
+def indexed(pieces, dim, alone=False, tpu=False):
   """The form of TPUs and of shards."""
-  terms = [indexed_terms(piece, dim, 0, None, jnp.float32(1), alone)[0] for piece in pieces]
-  return sum_terms(list(itertools.chain.from_iterable(terms)), dim)
+  grid = jnp.float32(1)
+  terms = [indexed_terms(piece, dim, 0, None, grid, alone)[0] for piece in pieces]
+  return sum_terms_on_tpu(terms, dim, None, grid) if tpu else sum_terms(as_terms(terms, None, grid), dim)
 
 
 def blocks(path, x, axes):
@@ -197,7 +199,13 @@ def all_forms(shape, dim, x):
   """The row of one leaf in every form."""
   axes = {"leading": (0,), "trailing": (len(shape) - 1,), "every": tuple(range(len(shape)))}
   rows = {"indexed": indexed([Piece("w", x)], dim), "indexed, alone": indexed([Piece("w", x)], dim, alone=True)}
-  rows |= {f"blocks of {name} axis": indexed(list(blocks("w", x, axes[name])), dim) for name in axes}
+  rows["on a TPU"] = indexed([Piece("w", x)], dim, alone=True, tpu=True)
+  for name in axes:
+    some = list(blocks("w", x, axes[name]))
+    rows[f"blocks of {name} axis"] = indexed(some, dim)
+    rows[f"blocks of {name} axis on a TPU"] = indexed(some, dim, tpu=True)
+    some = [piece._replace(start=tuple(map(jnp.uint32, piece.start))) for piece in some]  # as devices know theirs
+    rows[f"blocks of {name} axis, traced, on a TPU"] = indexed(some, dim, tpu=True)
   return rows | {"strided": strided("w", x, dim), "strided on GPU": strided("w", x, dim, gpu=True)}
 
 
@@ -238,6 +246,24 @@ def test_a_vector_of_more_than_2_31_numbers():
   expected = np.zeros(dim)
   offset = sedjax.sketch.count(dim).plan("w", x.shape).offset
   expected[(offset + np.array(places)) % dim] = np.arange(1, 7)
+  np.testing.assert_array_equal(row, expected)
+
+
+@pytest.mark.parametrize("dim", [130, 1024])
+def test_many_vectors_on_a_tpu_are_sketched_as_each_alone(dim):
+  """In more layers than a number has bits, of two dtypes, whole and in blocks, some of which other devices add."""
+  sketch, silent, expected, terms = sedjax.sketch.count(dim), jnp.bool_(False), 0, []
+  leaves = {f"b{i}": integers((dim - i,)).astype(("float32", "bfloat16")[i % 2]) for i in range(100)}
+  leaves |= {"w": integers((70, 20)), "tied": integers((70, 20))}
+  for i, (path, x) in enumerate(leaves.items()):
+    start = (0,) * x.ndim if i % 3 or x.ndim > 1 else (jnp.uint32(0),)
+    cut = x.shape[-1] // 2 if i % 5 == 0 and x.ndim == 1 else x.shape[-1]
+    for first, last in itertools.pairwise(sorted({0, cut, x.shape[-1]})):
+      piece = Piece(path, x[..., first:last], (*start[:-1], start[-1] + first), x.shape)
+      term, _ = indexed_terms(piece, dim, 0, None, jnp.float32(1), False)
+      terms.append(term.where(True if i % 7 else silent))
+    expected = expected + (sketch.apply(path, x) if i % 7 else 0)
+  row = jax.jit(lambda: sum_terms_on_tpu(terms, dim, None, jnp.float32(1)))()
   np.testing.assert_array_equal(row, expected)
 
 
