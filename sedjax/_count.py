@@ -18,9 +18,9 @@ reads them as strided slices and makes one hash for them; what remains to be add
 of the leaf.
 Small leaves are signed and placed as one there (`_small`), and those of a few long rows on CPU by parts (`_long`).
 *Indexed* (in `_indexed`), for TPU and for leaves or blocks of leaves that are sharded: signs are made from the indices
-of each number, and a contraction with a one-hot matrix adds the rows of a bucket. It never reshapes or slices the leaf,
-so that partitioners need nothing but sums of at most d numbers. (On GPUs, where such a product stores its operands,
-blocks of whole hashes are summed as whole leaves are.)
+of each number, and a contraction with a one-hot matrix adds the rows of a bucket; `_terms` lays out what that gives. It
+never reshapes or slices the leaf, so that partitioners need nothing but sums of at most d numbers. (On GPUs, where such
+a product stores its operands, blocks of whole hashes are summed as whole leaves are.)
 """
 
 from __future__ import annotations
