@@ -103,7 +103,7 @@ def _spans(term: Term, dim: int) -> list[_Span]:
   return spans
 
 
-def _alone(span: _Span, dim: int, laps: int) -> _Span:
+def _by_itself(span: _Span, dim: int, laps: int) -> _Span:
   """The same of an array of its own, folded into one lap where it has more than so many."""
   flat = span.flat[span.begin : span.end]
   flat = folded_sum(flat, dim) if flat.size > laps * dim else flat
@@ -145,7 +145,7 @@ def sum_terms(terms: Sequence[Term], dim: int, laps: int = MOST_LAPS) -> jax.Arr
 
   What is longer than so many laps is folded first.
   """
-  spans = [_alone(span, dim, laps) for term in _laid_out(terms) for span in _spans(term, dim)]
+  spans = [_by_itself(span, dim, laps) for term in _laid_out(terms) for span in _spans(term, dim)]
   size = max(-(-(span.at + span.end) // dim) for span in spans) * dim
   dtype = spans[0].flat.dtype
   total = jnp.zeros((size,), dtype)
@@ -169,7 +169,7 @@ def sum_terms_on_tpu(terms: Sequence[Term | Vector], dim: int, part: Any, grid: 
   """
   vectors = [term for term in terms if isinstance(term, Vector)]
   spans = [span for term in _laid_out([term for term in terms if isinstance(term, Term)]) for span in _spans(term, dim)]
-  spans = [_alone(span, dim, MOST_LAPS) if span.end - span.begin > dim else span for span in spans]
+  spans = [_by_itself(span, dim, MOST_LAPS) if span.end - span.begin > dim else span for span in spans]
   total = _sum_of_spans(spans, dim) if spans else jnp.zeros((2 * dim,), sum_dtype(part))
   for vector in vectors:
     if not isinstance(vector.start, int):

@@ -249,10 +249,11 @@ def test_a_vector_of_more_than_2_31_numbers():
   np.testing.assert_array_equal(row, expected)
 
 
+@pytest.mark.parametrize("part", [None, 0, 1])
 @pytest.mark.parametrize("dim", [130, 1024])
-def test_many_vectors_on_a_tpu_are_sketched_as_each_alone(dim):
+def test_many_vectors_on_a_tpu_are_sketched_as_each_alone(dim, part):
   """In more layers than a number has bits, of two dtypes, whole and in blocks, some of which other devices add."""
-  sketch, silent, expected, terms = sedjax.sketch.count(dim), jnp.bool_(False), 0, []
+  grid, silent, expected, terms = jnp.float32(4), jnp.bool_(False), 0, []
   leaves = {f"b{i}": integers((dim - i,)).astype(("float32", "bfloat16")[i % 2]) for i in range(100)}
   leaves |= {"w": integers((70, 20)), "tied": integers((70, 20))}
   for i, (path, x) in enumerate(leaves.items()):
@@ -260,10 +261,12 @@ def test_many_vectors_on_a_tpu_are_sketched_as_each_alone(dim):
     cut = x.shape[-1] // 2 if i % 5 == 0 and x.ndim == 1 else x.shape[-1]
     for first, last in itertools.pairwise(sorted({0, cut, x.shape[-1]})):
       piece = Piece(path, x[..., first:last], (*start[:-1], start[-1] + first), x.shape)
-      term, _ = indexed_terms(piece, dim, 0, None, jnp.float32(1), False)
+      term, _ = indexed_terms(piece, dim, 0, part, grid, False)
       terms.append(term.where(True if i % 7 else silent))
-    expected = expected + (sketch.apply(path, x) if i % 7 else 0)
-  row = jax.jit(lambda: sum_terms_on_tpu(terms, dim, None, jnp.float32(1)))()
+    if i % 7:
+      expected = expected + strided_rows([Piece(path, x)], [0], 1, dim, 0, part, grid)[0]
+  row = jax.jit(lambda: sum_terms_on_tpu(terms, dim, part, grid))()
+  assert np.any(row)
   np.testing.assert_array_equal(row, expected)
 
 
