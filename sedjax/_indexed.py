@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,13 +27,17 @@ from sedjax._count import (
   sign_bits,
   sign_shift,
   slice_of,
+  sum_dtype,
   vector_bits,
 )
+from sedjax._order import shared_zero_of
 from sedjax._strided import aligned, block_sums
-from sedjax._terms import MOST_LAPS, Term, Vector, placed_at, sum_terms
+from sedjax._terms import MOST_LAPS, Term, Vector, placed_at, sum_terms, sum_terms_elsewhere, sum_terms_on_tpu
 
 # On CPU: numbers of a block that are signed at a time, since CPU contractions store their operands.
 _CHUNK = 2**20
+# Numbers of a row's bucket sums that are alive at a time where leaves come in blocks: 2 MiB, and as much to place them.
+_ALIVE = 2**19
 # Columns that a contraction of narrow leaves has, and of how many leaves' columns these are at least.
 _WIDTH, _NARROW = 128, 8
 
@@ -296,3 +300,42 @@ def indexed_terms(
     on_gpu = strided if jax.default_backend() == "gpu" and plan.lot > 1 and aligned(piece) else chunked
     sums = lax.platform_dependent(piece.array, piece.start, grid, wait, cpu=chunked, cuda=on_gpu, default=direct)
   return _placed_sums(piece, plan, sums, dim), sums
+
+
+def indexed_rows(
+  pieces: Sequence[Piece],
+  groups: Sequence[int],
+  labels: int,
+  dim: int,
+  seed: int,
+  part: Any,
+  grid: Any,
+  alone: bool = False,
+) -> list[jax.Array]:
+  """float32[dim] for each label: the count sketches of leaves or blocks, wherever they lie.
+
+  `alone`: no partitioner will see them, and the device is a TPU.
+  """
+  blocks = any(piece.start is not None for piece in pieces)
+  terms: list[list[Term | Vector]] = [[] for _ in range(labels)]
+  alive = [0] * labels
+  waits: dict[Any, Any] = {}  # only what varies along the same axes can wait without a change of types
+
+  def total(terms: list[Term | Vector]) -> jax.Array:
+    on_tpu = functools.partial(sum_terms_on_tpu, terms, dim, part, grid)
+    elsewhere = functools.partial(sum_terms_elsewhere, terms, dim, part, grid)
+    if alone:
+      return on_tpu()
+    return lax.platform_dependent(tpu=on_tpu, default=elsewhere) if blocks else elsewhere()
+
+  for piece, group in zip(pieces, groups, strict=True):
+    varying = _placement.varying_axes(piece.array, *(piece.start or ()))
+    added, sums = indexed_terms(piece, dim, seed, part, grid, alone, waits.get(varying, 0))
+    terms[group].append(added.where(piece.speaks))
+    if piece.start is not None and sums is not None:
+      waits[varying] = shared_zero_of(sums.astype(jnp.float32))
+      alive[group] += sums.size
+      if alive[group] > _ALIVE:
+        terms[group], alive[group] = [Term(0, total(terms[group])[None])], 0
+  rows = [total(some) if some else jnp.zeros((dim,), sum_dtype(part)) for some in terms]
+  return lax.optimization_barrier([gathered(row) for row in rows])

@@ -69,10 +69,10 @@ class Places(NamedTuple):
     parts = by_bucket([turns[:, i] for i in range(self.planes)], self.pairs)
     halves = halves_of([part.reshape(-1) for part in parts], self.dim)
     # Pairs that reach around the sketch do so by less than half of it.
-    inside = [_padded(each[:half], half) for each in halves]
+    inside = [padded(each[:half], half) for each in halves]
     if halves[0].size > half:
-      inside = [a + _padded(b[half:], half) for a, b in zip(inside, halves[::-1], strict=True)]
-    return jnp.roll(_padded(jnp.concatenate(inside), self.dim), offset)
+      inside = [a + padded(b[half:], half) for a, b in zip(inside, halves[::-1], strict=True)]
+    return jnp.roll(padded(jnp.concatenate(inside), self.dim), offset)
 
 
 def by_bucket(turns: Sequence[Any], pairs: int) -> list[Any]:
@@ -191,7 +191,7 @@ def _added_halves(sums: jax.Array, halves: list[jax.Array], at: At, places: Plac
   if halves[2].size:  # in the gaps that pairs leave in both halves
     begin = places.pairs * places.columns
     gap = places.dim // 2 - begin
-    sums = added_at(sums, _padded(halves[2][0], 2 * gap).reshape(2, gap), 0, at.first + begin)
+    sums = added_at(sums, padded(halves[2][0], 2 * gap).reshape(2, gap), 0, at.first + begin)
   return sums
 
 
@@ -200,8 +200,9 @@ def _filled(block: jax.Array, rows: int) -> jax.Array:
   return jnp.pad(block, [(0, rows - len(block)), *[(0, 0)] * (block.ndim - 1)]) if len(block) < rows else block
 
 
-def _padded(flat: jax.Array, size: int) -> jax.Array:
-  return jnp.pad(flat, (0, size - flat.size)) if flat.size < size else flat
+def padded(flat: jax.Array, size: int, at: int = 0) -> jax.Array:
+  """[size]: zeros, with these numbers from a place on."""
+  return lax.pad(flat, flat.dtype.type(0), [(at, size - at - flat.size, 0)]) if flat.size < size else flat
 
 
 def _sliced_and_added(rows: jax.Array, numbers: jax.Array, start: Any) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from sedjax._count import HASH_ROWS, SIGN, flip, folded_sum, part_of, sum_dtype, vector_bits
-from sedjax._places import added_at
+from sedjax._places import added_at, padded
 
 # Laps around the sketch of a term at most: those of all terms are added up in one kernel, and longer terms are folded.
 MOST_LAPS = 4
@@ -122,22 +122,8 @@ def _side_by_side(ends: Sequence[tuple[int, int]], most: int) -> list[list[int]]
   return [members for _, members in layers]
 
 
-def _padded(flat: jax.Array, at: int, size: int) -> jax.Array:
-  return lax.pad(flat, flat.dtype.type(0), ((at, size - at - flat.size, 0),))
-
-
 def _folded(total: jax.Array, dim: int) -> jax.Array:
   return functools.reduce(jnp.add, (total[lap : lap + dim] for lap in range(0, total.size, dim)))
-
-
-def as_terms(terms: Sequence[Term | Vector], part: Any, grid: Any) -> list[Term]:
-  """The same without vectors."""
-
-  def bucket_sums(vector: Vector) -> jax.Array:
-    signed = vector.signed(part, grid)[None]
-    return signed if signed.size == vector.columns else placed_at(signed, vector.start, vector.columns)
-
-  return [Term(term.at, bucket_sums(term)) if isinstance(term, Vector) else term for term in terms]
 
 
 def sum_terms(terms: Sequence[Term], dim: int, laps: int = MOST_LAPS) -> jax.Array:
@@ -155,8 +141,18 @@ def sum_terms(terms: Sequence[Term], dim: int, laps: int = MOST_LAPS) -> jax.Arr
     for span in (spans[i] for i in layer):
       parts += [jnp.zeros((span.at - end,), dtype), span.flat] if span.at > end else [span.flat]
       end = span.at + span.end
-    total = total + _padded(jnp.concatenate(parts), first, size)
+    total = total + padded(jnp.concatenate(parts), size, first)
   return _folded(total, dim)
+
+
+def sum_terms_elsewhere(terms: Sequence[Term | Vector], dim: int, part: Any, grid: Any) -> jax.Array:
+  """`sum_terms`, of vectors too; the arguments are those of `sum_terms_on_tpu`."""
+
+  def bucket_sums(vector: Vector) -> jax.Array:
+    signed = vector.signed(part, grid)[None]
+    return signed if signed.size == vector.columns else placed_at(signed, vector.start, vector.columns)
+
+  return sum_terms([Term(term.at, bucket_sums(term)) if isinstance(term, Vector) else term for term in terms], dim)
 
 
 def sum_terms_on_tpu(terms: Sequence[Term | Vector], dim: int, part: Any, grid: Any) -> jax.Array:
@@ -186,7 +182,7 @@ def _sum_of_spans(spans: Sequence[_Span], dim: int) -> jax.Array:
   rows = []
   for first, (_, flat, begin, end) in zip(firsts, spans, strict=True):
     inside = (place >= np.uint32(first + begin)) & (place < np.uint32(first + end))
-    row = _padded(flat, first, size)
+    row = padded(flat, size, first)
     rows.append(row if end - begin == flat.size else jnp.where(inside, row, 0))
   return functools.reduce(jnp.add, rows)
 
@@ -219,7 +215,7 @@ def _vector_rows(vectors: Sequence[Vector], dim: int, part: Any, grid: Any) -> l
         signs[at : at + bits.size] |= bits >> np.uint32(i)
     signs = lax.optimization_barrier(jnp.asarray(signs))  # else there would be a constant for each layer
     for i, (speaks, layer) in enumerate(some):
-      row = functools.reduce(jnp.add, [_padded(numbers, at, dim) for at, numbers, _ in layer])
+      row = functools.reduce(jnp.add, [padded(numbers, dim, at) for at, numbers, _ in layer])
       rows.append(jnp.where(speaks, flip(part_of(row, part, grid), signs << np.uint32(i)), 0))
   return rows
 

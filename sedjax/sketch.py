@@ -31,12 +31,10 @@ from sedjax._count import (
   ring_of,
   sum_dtype,
 )
-from sedjax._indexed import gathered, indexed_terms
+from sedjax._indexed import indexed_rows
 from sedjax._late import by_devices
-from sedjax._order import shared_zero_of
-from sedjax._placement import mesh_of, varying_axes
+from sedjax._placement import mesh_of
 from sedjax._strided import strided_rows
-from sedjax._terms import Term, Vector, as_terms, sum_terms, sum_terms_on_tpu
 
 __all__ = ["Count", "Exact", "Gaussian", "count", "exact", "gaussian"]
 
@@ -85,10 +83,6 @@ class _Sketch:
     return self.rows(pieces, [0] * len(pieces), 1)[0]
 
 
-# Numbers of a row's bucket sums that are alive at a time where leaves come in blocks: 2 MiB, and as much to place them.
-_ALIVE = 2**19
-
-
 def _count_rows(
   pieces: Sequence[Piece],
   groups: Sequence[int],
@@ -117,33 +111,8 @@ def _count_rows(
     return strided_rows(placed, groups, labels, dim, seed, part, grid, gpu)
 
   def indexed(arrays: list[jax.Array], grid: Any, alone: bool = False) -> list[jax.Array]:
-    terms: list[list[Term | Vector]] = [[] for _ in range(labels)]
-    alive = [0] * labels
-    waits: dict[Any, Any] = {}  # only what varies along the same axes can wait without a change of types
-
-    def total(terms: list[Term | Vector]) -> jax.Array:
-      on_tpu = functools.partial(sum_terms_on_tpu, terms, dim, part, grid)
-      if alone:
-        return on_tpu()
-
-      def elsewhere() -> jax.Array:
-        return sum_terms(as_terms(terms, part, grid), dim)
-
-      blocks = any(piece.start is not None for piece in bare)
-      return lax.platform_dependent(tpu=on_tpu, default=elsewhere) if blocks else elsewhere()
-
-    for piece, group, array in zip(bare, groups, arrays, strict=True):
-      varying = varying_axes(array, *(piece.start or ()))
-      wait = waits.get(varying, 0)
-      added, sums = indexed_terms(piece._replace(array=array), dim, seed, part, grid, alone, wait)
-      terms[group].append(added.where(piece.speaks))
-      if piece.start is not None and sums is not None:
-        waits[varying] = shared_zero_of(sums.astype(jnp.float32))
-        alive[group] += sums.size
-        if alive[group] > _ALIVE:
-          terms[group], alive[group] = [Term(0, total(terms[group])[None])], 0
-    rows = [total(some) if some else jnp.zeros((dim,), sum_dtype(part)) for some in terms]
-    return lax.optimization_barrier([gathered(row) for row in rows])
+    placed = [piece._replace(array=array) for piece, array in zip(bare, arrays, strict=True)]
+    return indexed_rows(placed, groups, labels, dim, seed, part, grid, alone)
 
   def whole(arrays: list[jax.Array], grid: Any) -> list[jax.Array]:
     # Without a GPU, what is exported for one has the form for CPUs, so that only one is traced.

@@ -17,7 +17,7 @@ from sedjax import _count, _indexed, _long, _small, _strided
 from sedjax._count import Piece
 from sedjax._indexed import indexed_terms
 from sedjax._strided import strided_rows
-from sedjax._terms import as_terms, sum_terms, sum_terms_on_tpu
+from sedjax._terms import sum_terms_elsewhere, sum_terms_on_tpu
 
 
 def scalar_definition(path, x, dim, seed, start=None, shape=None):
@@ -176,7 +176,7 @@ def indexed(pieces, dim, alone=False, tpu=False):
   """The form of TPUs and of shards."""
   grid = jnp.float32(1)
   terms = [indexed_terms(piece, dim, 0, None, grid, alone)[0] for piece in pieces]
-  return sum_terms_on_tpu(terms, dim, None, grid) if tpu else sum_terms(as_terms(terms, None, grid), dim)
+  return (sum_terms_on_tpu if tpu else sum_terms_elsewhere)(terms, dim, None, grid)
 
 
 def blocks(path, x, axes):
